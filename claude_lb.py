@@ -95,7 +95,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import formatdate
 from enum import Enum
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple, NoReturn, Protocol, TextIO
 
 # ============================================================================
@@ -368,11 +368,17 @@ class Endpoint:
     proxy: str | None = None
 
     @property
-    def authority(self) -> str:
-        """Return what the Host field says."""
+    def tunnel_authority(self) -> str:
+        """Return host and port, as a CONNECT request names them."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        usual = 443 if self.secure else 80
-        return host if self.port == usual else f"{host}:{self.port}"
+        return f"{host}:{self.port}"
+
+    @property
+    def authority(self) -> str:
+        """Return what the Host field says: the port only where it is unusual."""
+        usual = ":443" if self.secure else ":80"
+        whole = self.tunnel_authority
+        return whole[: -len(usual)] if whole.endswith(usual) else whole
 
 
 @dataclass(frozen=True)
@@ -467,7 +473,8 @@ class RequestHead:
     chunked: bool
     keep_alive: bool
     expects: bool
-    #: A web page's script or form has sent it, by the fields browsers add.
+    #: A web page has sent it, by the fields browsers add.  (Node's fetch adds
+    #: Sec-Fetch-Mode, but no Sec-Fetch-Site.)
     browser: bool
     lane: Lane
 
@@ -1238,7 +1245,7 @@ def _parse_shape(shape: bytes) -> RequestHead:
         chunked=_check_framing(values, modern=modern),
         keep_alive=_read_connection(values, modern=modern),
         expects=bool(expect) and modern,
-        browser=any(n == b"origin" or n.startswith(b"sec-fetch-") for n in values),
+        browser=b"origin" in values or b"sec-fetch-site" in values,
         lane=lane_of(method, path),
     )
 
@@ -1309,7 +1316,8 @@ def upstream_head(
     `credentials` are the client's own lines, for endpoints that pass them.
     """
     listed = connection_options(head.values)
-    plain = head.lane is not Lane.FIXED or is_edited(head.path)
+    # What we look into must come plain; POST makes the things whose ids we pin
+    plain = head.method == "POST" or is_edited(head.path)
     kept = [
         line
         for name, line in head.lines
@@ -2111,13 +2119,14 @@ class Log:
             facts = dict(record._asdict(), ended=record.ended.value)
             self._put({"level": level, "event": "exchange", **facts})
             return
-        first = "-" if record.first_byte_ms is None else f"{record.first_byte_ms:.0f}"
+        ms = record.first_byte_ms
+        first = "-" if ms is None else f"{ms:.0f}ms"
         why = f" ({record.reason})" if record.reason else ""
         self._line(
             level,
             f"{record.request_id} {record.method} {record.path}"
             f" -> {record.endpoint or '-'} {record.status}"
-            f" attempts={record.attempts} first={first}ms"
+            f" attempts={record.attempts} first={first}"
             f" total={record.total_ms:.0f}ms in={record.request_bytes}"
             f" out={record.response_bytes} {record.ended.value}{why}",
         )
@@ -2139,9 +2148,17 @@ class Log:
         data = line.encode("utf-8", "backslashreplace") + b"\n"
         try:
             with self._lock:
+                if self._path is None and not self._room():
+                    return  # a stopped terminal or reader costs lines, never a stream
                 os.write(self._fd, data)
         except OSError:
             return  # a full disk costs lines, never a request
+
+    def _room(self) -> bool:
+        """Tell whether a pipe or terminal takes a line now."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        return bool(poll.poll(0))
 
 
 # ============================================================================
@@ -2559,6 +2576,7 @@ class Relay:
         #: Monotonic seconds of this turn of the loop.
         self.now = self._swept = time.monotonic()
         self._stopped = False
+        self._ended = False
         self._draining = False
         self._thread = threading.Thread(target=self.run, name="relay", daemon=True)
 
@@ -2568,11 +2586,14 @@ class Relay:
         """Start the thread."""
         self._thread.start()
 
-    def tell(self, task: Callable[[], None]) -> None:
-        """Have `task` done by the relay's thread."""
+    def tell(self, task: Callable[[], None]) -> bool:
+        """Have `task` done by the relay's thread; False if that has ended."""
+        if self._ended:
+            return False
         self._tasks.append(task)
         with contextlib.suppress(OSError):  # full: it wakes up anyway
             self._waker.send(b"\0")
+        return True
 
     def stop(self) -> None:
         """Abort what still runs and end the thread."""
@@ -2592,6 +2613,17 @@ class Relay:
                 self._log.fault("relay: a fault in the loop")
         for moving in tuple(self._moving):
             moving.abort("the proxy was stopped")
+        self._ended = True
+        self._do_tasks()
+        for one in (self._selector, self._waker, self._woken):
+            one.close()
+
+    def _do_tasks(self) -> None:
+        while self._tasks:
+            try:
+                self._tasks.popleft()()
+            except Exception:  # noqa: BLE001 - one connection's fault is its own
+                self._log.fault("relay: a fault in a task")
 
     def _turn(self) -> None:
         ready = self._selector.select(SWEEP_S)
@@ -2607,11 +2639,7 @@ class Relay:
                 connection.owner(mask)
             except Exception:  # noqa: BLE001 - one connection's fault is its own
                 self._fail(connection)
-        while self._tasks:
-            try:
-                self._tasks.popleft()()
-            except Exception:  # noqa: BLE001 - see above
-                self._log.fault("relay: a fault in a task")
+        self._do_tasks()
         if self.now - self._swept >= SWEEP_S:
             self._swept = self.now
             self._sweep()
@@ -2731,9 +2759,9 @@ class Relay:
 # 15. UPSTREAM
 # ============================================================================
 #
-# http.client owns the connection: the tunnel through a proxy, and the socket.
-# Its send and response path is replaced: request() tells no byte count when it
-# fails, and reading a head costs 47 us and lets broken framing through.
+# http.client owns the connection and its socket.  Its tunnel, send and response path
+# are replaced: they wait without watching the client, request() tells no byte count
+# when it fails, and reading a head costs 47 us and lets broken framing through.
 # Rule: OSError, ssl and http.client errors become UpstreamError here, with the
 # phase that says what the upstream may have seen.
 
@@ -2861,7 +2889,9 @@ class UpstreamConnection(http.client.HTTPConnection):
         self, endpoint: Endpoint, client: ClientConnection | None, until: float
     ):
         proxy = urllib.parse.urlsplit(endpoint.proxy or "")
-        host, port = proxy.hostname or endpoint.host, proxy.port or endpoint.port
+        host, port = endpoint.host, endpoint.port
+        if endpoint.proxy:
+            host, port = str(proxy.hostname), proxy.port or 80
         left = max(0.01, until - time.monotonic())
         super().__init__(host, port, timeout=left)
         self.endpoint = endpoint
@@ -2879,24 +2909,8 @@ class UpstreamConnection(http.client.HTTPConnection):
         self.born = time.monotonic()
         #: (monotonic, epoch) seconds: a sleeping machine stops the first one.
         self.idle_since = (0.0, 0.0)
-        # The seam that http.client keeps for whoever dials differently.
-        self._create_connection = lambda address, *_: self._dial(address, until, client)
-        if endpoint.proxy:
-            login = f"{urllib.parse.unquote(proxy.username or '')}:" + (
-                urllib.parse.unquote(proxy.password or "")
-            )
-            encoded = base64.b64encode(login.encode()).decode()
-            fields = (
-                {"Proxy-Authorization": f"Basic {encoded}"} if proxy.username else {}
-            )
-            self.set_tunnel(endpoint.host, endpoint.port, fields)
-
-    def _dial(
-        self, address: tuple[str, int], until: float, client: ClientConnection | None
-    ) -> socket.socket:
-        sock = dial(address[0], address[1], until, client)
-        sock.settimeout(self.timeout)  # http.client's tunnel blocks
-        return sock
+        # The seam that http.client keeps for whoever dials differently
+        self._create_connection = lambda to, *_: dial(to[0], to[1], until, client)
 
     def open(
         self, context: ssl.SSLContext | None, client: ClientConnection | None
@@ -2904,7 +2918,8 @@ class UpstreamConnection(http.client.HTTPConnection):
         """Connect, through a tunnel and TLS where needed; raises UpstreamError."""
         try:
             self.connect()
-            self.sock.settimeout(0)
+            if self.endpoint.proxy:
+                self._tunnel_through(self.endpoint.proxy, client)
             if context is not None:
                 self._handshake(context, client)
         except ProxyError:
@@ -2918,6 +2933,32 @@ class UpstreamConnection(http.client.HTTPConnection):
         except (OSError, http.client.HTTPException) as error:
             self.close()
             raise _failed(Phase.CONNECT, self.endpoint, error) from error
+
+    def _tunnel_through(self, url: str, client: ClientConnection | None) -> None:
+        """Have a proxy connect us; raises OSError."""
+        proxy, authority = urllib.parse.urlsplit(url), self.endpoint.tunnel_authority
+        fields = f"Host: {authority}\r\n"
+        if proxy.username is not None:
+            parts = (proxy.username, proxy.password or "")
+            login = ":".join(urllib.parse.unquote(part) for part in parts)
+            encoded = base64.b64encode(login.encode()).decode()
+            fields += f"Proxy-Authorization: Basic {encoded}\r\n"
+        self.send_some(f"CONNECT {authority} HTTP/1.1\r\n{fields}\r\n".encode())
+        until = self.born + (self.timeout or TLS_S)
+        answer = None
+        while answer is None:
+            if not wait_ready({self.sock.fileno(): select.POLLIN}, until, client):
+                raise TimeoutError("its proxy does not answer in time")
+            data = self.receive()
+            if data == b"":
+                raise ConnectionError("its proxy closed the connection")
+            self.buffer += data or b""
+            try:
+                answer = self.final_head("CONNECT")
+            except (ValueError, OverflowError) as error:
+                raise ConnectionError(f"its proxy's answer: {error}") from error
+        if answer.status != 200 or self.buffer:
+            raise ConnectionError(f"its proxy refuses to connect: {answer.status}")
 
     def _handshake(
         self, context: ssl.SSLContext, client: ClientConnection | None
@@ -3072,6 +3113,7 @@ class Upstreams:
         self._relay = relay
         self._clock = clock
         self._epoch = epoch
+        self._closed = False
         self._idle: dict[Endpoint, collections.deque[UpstreamConnection]] = {
             e: collections.deque() for e in config.endpoints
         }
@@ -3104,6 +3146,9 @@ class Upstreams:
 
     def give_back(self, connection: UpstreamConnection) -> None:
         """Keep a connection whose answer has ended well."""
+        if self._closed:
+            self._relay.close(connection)
+            return
         connection.idle_since = (self._clock(), self._epoch())
         self._idle[connection.endpoint].append(connection)
         self._relay.watch(connection, selectors.EVENT_READ, connection.stirred)
@@ -3122,7 +3167,8 @@ class Upstreams:
                 self._relay.close(idle.popleft())
 
     def close(self) -> None:
-        """Close every idle connection."""
+        """Close every idle connection, and those that are still to come."""
+        self._closed = True
         for idle in self._idle.values():
             while idle:
                 self._relay.close(idle.pop())
@@ -3249,7 +3295,6 @@ class Attempt:
             self._lost(phase, error)
             return
         if data:
-            self._rest = memoryview(b"")
             self.upstream.buffer += data
             self._read_on()
         elif self._reader is not None:
@@ -3278,6 +3323,7 @@ class Attempt:
             self._caller.failed(upstream.nonsense(str(error)))
             return
         if answer is not None:
+            self._rest = memoryview(b"")  # an early answer ends the sending
             self._relay.leave(self)
             self._caller.answered(answer)
         elif upstream.pending():
@@ -3373,13 +3419,13 @@ class Delivery(NamedTuple):
     watch: Watch | None
     #: The same, where the body is an event stream, which says itself when it ends.
     sse: SseWatch | None
-    #: Ending the connection would look like a good end: reset it instead.
-    reset_on_cut: bool
     #: The client's connection goes on after a good end.
     keep_client: bool
     #: The upstream's connection may serve again after a good end.
     keep_upstream: bool
     idle_s: float
+    #: Told the size of each read, at log level debug.
+    trace: Callable[[int], None] | None
 
 
 def watch_for(answer: AnswerHead, lane: Lane) -> Watch | None:
@@ -3393,35 +3439,17 @@ def watch_for(answer: AnswerHead, lane: Lane) -> Watch | None:
     return None
 
 
-def delivery_of(
-    answer: AnswerHead,
-    watch: Watch | None,
-    *,
-    modern: bool,
-    keep_client: bool,
-    keep_upstream: bool,
-    idle_s: float,
-) -> Delivery:
-    """Decide how an answer's body goes to a client that is `modern` or speaks 1.0."""
-    recode, last = Recode.AS_IS, b""
-    if answer.kind in (BodyKind.CHUNKED, BodyKind.CLOSE):
-        if not modern:
-            recode = Recode.PLAIN
-        elif answer.kind is BodyKind.CLOSE:
-            recode = Recode.CHUNKS
-        last = LAST_CHUNK if modern else b""
-    payload = watch is not None or recode is not Recode.AS_IS
-    return Delivery(
-        reader=body_reader(answer, keep_payload=payload),
-        recode=recode,
-        last=last,
-        watch=watch,
-        sse=watch if isinstance(watch, SseWatch) else None,
-        reset_on_cut=recode is Recode.PLAIN,
-        keep_client=keep_client and recode is not Recode.PLAIN,
-        keep_upstream=keep_upstream,
-        idle_s=idle_s,
-    )
+def recoding_of(answer: AnswerHead, *, modern: bool) -> tuple[Recode, bytes]:
+    """Return how a body goes to a client that is `modern` or speaks HTTP/1.0.
+
+    The bytes are what is sent after the body's end.
+    """
+    if answer.kind not in (BodyKind.CHUNKED, BodyKind.CLOSE):
+        return Recode.AS_IS, b""
+    if not modern:
+        return Recode.PLAIN, b""
+    close = answer.kind is BodyKind.CLOSE
+    return (Recode.CHUNKS if close else Recode.AS_IS), LAST_CHUNK
 
 
 class Stream:
@@ -3495,7 +3523,12 @@ class Stream:
             out = chunk(reader.payload)
         elif self._recode is Recode.PLAIN:
             out = reader.payload
-        return out + self._at_end() if reader.done else out
+        if not reader.done:
+            return out
+        last = self._at_end()
+        if self.ended is Outcome.TRUNCATED and isinstance(reader, LengthReader):
+            return out[:-1]  # a whole body of stated length would look well ended
+        return out + last
 
     def _at_end(self) -> bytes:
         """Take note of the body's end; return what tells the client of it."""
@@ -3561,6 +3594,8 @@ class Stream:
             if data:
                 self._upstream_at = self._said_at = self._relay.now
                 self._send(self._take(data))
+                if self._delivery.trace is not None:
+                    self._delivery.trace(len(data))
             elif data is not None:
                 self._upstream_closed()
         upstream = self.upstream
@@ -3627,7 +3662,7 @@ class Stream:
 
     def resets(self) -> bool:
         """Tell whether only a reset shows the client that the answer is cut."""
-        return self._delivery.reset_on_cut and self.ended is not Outcome.OK
+        return self._recode is Recode.PLAIN and self.ended is not Outcome.OK
 
     def _whole(self) -> bool:
         good = self.ended in (Outcome.OK, Outcome.UPSTREAM_ERROR)
@@ -3667,6 +3702,45 @@ class Services(NamedTuple):
     budget: BodyBudget
 
 
+def client_head(
+    request: ClientRequest, endpoint: Endpoint, answer: AnswerHead, delivery: Delivery
+) -> bytes:
+    """Return the head that the client gets for an endpoint's answer."""
+    framing = b"Transfer-Encoding: chunked\r\n" if delivery.last else b""
+    if not answer.dated:
+        framing += b"Date: %b\r\n" % http_date().encode()
+    return (
+        b"%b%b%b%bx-claude-lb-endpoint: %b\r\nx-claude-lb-request-id: %b\r\n%b\r\n"
+        % (
+            answer_start(answer.status, answer.reason),
+            answer.kept,
+            framing,
+            request.answer_fields,
+            endpoint.name.encode("ascii"),
+            request.id.encode("ascii"),
+            connection_line(keep=delivery.keep_client, modern=request.head.modern),
+        )
+    )
+
+
+def http_date() -> str:
+    """Return now, as a Date field says it."""
+    return formatdate(usegmt=True)
+
+
+def _guarded(step: Callable[..., None]) -> Callable[..., None]:
+    """Return a step of an exchange that ends it, with a 500, if it has a fault."""
+
+    @wraps(step)
+    def run(exchange: Exchange, *args: object) -> None:
+        try:
+            step(exchange, *args)
+        except Exception:  # noqa: BLE001 - a bug of ours costs one request
+            exchange.collapse()
+
+    return run
+
+
 class Exchange:
     """One client request with its attempts and its answer.
 
@@ -3695,7 +3769,10 @@ class Exchange:
         self._answer: AnswerHead | None = None
         self._first_byte_s: float | None = None
         self._watch: Watch | None = None
+        self._attempting = False  # counted in at the pool
+        self._over = False
 
+    @_guarded
     def start(self) -> None:
         """Serve the request; the relay goes on with the client when it is over."""
         request, services = self._request, self._services
@@ -3712,6 +3789,9 @@ class Exchange:
     def _tell(self, message: str, **facts: object) -> None:
         self._services.log.write(self._services.log.detail, message, **facts)
 
+    def _tell_chunk(self, size: int) -> None:
+        self._services.log.write("debug", f"{self._request.id} relays", bytes=size)
+
     # -- attempts ------------------------------------------------------------
 
     def _try(self, *, fresh: bool) -> None:
@@ -3720,6 +3800,7 @@ class Exchange:
         if not fresh:
             self._tried.append(endpoint)
         services.pool.begin(endpoint)
+        self._attempting = True
         upstream = None if fresh else services.upstreams.take(endpoint)
         if upstream is not None:
             self._send(upstream)
@@ -3743,8 +3824,10 @@ class Exchange:
             services.log.fault(f"{self._request.id} a fault of the proxy")
             services.relay.tell(partial(self.broken, "a fault of the proxy"))
         else:
-            services.relay.tell(partial(self._send, upstream))
+            if not services.relay.tell(partial(self._send, upstream)):
+                upstream.close()  # the proxy has stopped meanwhile
 
+    @_guarded
     def _send(self, upstream: UpstreamConnection) -> None:
         request = self._request
         within_s = self._services.config.timeouts.first_byte_s
@@ -3752,11 +3835,11 @@ class Exchange:
         self._attempt = Attempt(self._services.relay, self._client, upstream, self)
         self._attempt.begin(request.head.method, head, request.body, within_s)
 
+    @_guarded
     def failed(self, error: UpstreamError) -> None:
         """Do what `judge` says after an attempt without an answer; see Caller."""
         endpoint, services = self._order[self._position], self._services
-        answering = None if error.local else False
-        services.pool.settle(endpoint, answering=answering, why=error.message)
+        self._settle(answering=None if error.local else False, why=error.message)
         verdict = judge(error, self._lane, self._request.head.method)
         self._tell(
             f"{self._request.id} {endpoint.name} failed",
@@ -3774,20 +3857,43 @@ class Exchange:
             self._end(refusal.status, Outcome.UPSTREAM_ERROR, error.message)
             services.refuse(self._client, self._request, refusal)
 
+    @_guarded
     def gone(self, reason: str) -> None:
         """Stop: the client has hung up; see Caller."""
-        services = self._services
-        services.pool.settle(self._order[self._position], answering=None)
+        self._settle(answering=None)
         self._end(0, Outcome.CLIENT_CANCELLED, reason)
-        services.relay.close(self._client)
+        self._services.relay.close(self._client)
+
+    def _settle(self, *, answering: bool | None, why: str = "") -> None:
+        """Count the attempt out, once, with what it showed of its endpoint."""
+        if self._attempting:
+            self._attempting = False
+            endpoint = self._order[self._position]
+            self._services.pool.settle(endpoint, answering=answering, why=why)
+
+    def collapse(self) -> None:
+        """End after a fault of ours: tell the log, and the client if it can be."""
+        relay, attempt = self._services.relay, self._attempt
+        self._services.log.fault(f"{self._request.id} a fault of the proxy")
+        if attempt is not None:
+            relay.leave(attempt)
+            relay.close(attempt.upstream)
+        if self._over or self._first_byte_s is not None:
+            self._settle(answering=None)
+            self._end(500, Outcome.REFUSED, "a fault of the proxy")
+            relay.close(self._client)
+        else:
+            self.broken("a fault of the proxy")
 
     def broken(self, reason: str) -> None:
         """Stop: the proxy cannot go on; see Caller."""
         services = self._services
-        services.pool.settle(self._order[self._position], answering=None)
-        self._end(500, Outcome.REFUSED, reason)
-        text = f"{reason}; its log tells more under {self._request.id}"
-        services.refuse(self._client, self._request, RefusedError(500, text))
+        self._settle(answering=None)
+        status, text = 500, f"{reason}; its log tells more under {self._request.id}"
+        if services.draining():
+            status, text = 503, reason
+        self._end(status, Outcome.REFUSED, reason)
+        services.refuse(self._client, self._request, RefusedError(status, text))
 
     def _upstream_head(self, endpoint: Endpoint) -> bytes:
         """Return the whole head of the request to `endpoint`."""
@@ -3801,6 +3907,7 @@ class Exchange:
 
     # -- the answer ----------------------------------------------------------
 
+    @_guarded
     def answered(self, answer: AnswerHead) -> None:
         """Begin the answer, unless it is none, or must be edited; see Caller."""
         attempt, head = self._attempt, self._request.head
@@ -3829,6 +3936,7 @@ class Exchange:
         whole = answer.kind is not BodyKind.NONE and not answer.encoded
         return plain and whole and is_edited(path)
 
+    @_guarded
     def gathered(self, body: bytes | None) -> None:
         """Let the results_url of batch objects point at us; see Caller.
 
@@ -3853,15 +3961,22 @@ class Exchange:
         self._first_byte_s = time.monotonic()
         request, services = self._request.head, self._services
         self._watch = watch_for(answer, self._lane)
-        delivery = delivery_of(
-            answer,
-            self._watch,
-            modern=request.modern,
-            keep_client=request.keep_alive and not services.draining(),
+        recode, last = recoding_of(answer, modern=request.modern)
+        watched = self._watch is not None or recode is not Recode.AS_IS
+        delivery = Delivery(
+            reader=body_reader(answer, keep_payload=watched),
+            recode=recode,
+            last=last,
+            watch=self._watch,
+            sse=self._watch if isinstance(self._watch, SseWatch) else None,
+            keep_client=request.keep_alive
+            and recode is not Recode.PLAIN
+            and not services.draining(),
             keep_upstream=answer.keep_alive and upstream.whole,
             idle_s=services.config.timeouts.idle_s,
+            trace=self._tell_chunk if services.log.shows("debug") else None,
         )
-        head = self._client_head(upstream.endpoint, answer, delivery)
+        head = client_head(self._request, upstream.endpoint, answer, delivery)
         data, upstream.buffer = upstream.buffer, b""
         self._attempt = None
         self._let_body_go()
@@ -3877,29 +3992,9 @@ class Exchange:
         if len(self._request.body) > READ_BYTES:
             self._request = self._request._replace(body=b"")
 
-    def _client_head(
-        self, endpoint: Endpoint, answer: AnswerHead, delivery: Delivery
-    ) -> bytes:
-        """Return the head that the client gets."""
-        request = self._request
-        framing = b"Transfer-Encoding: chunked\r\n" if delivery.last else b""
-        if not answer.dated:
-            framing += b"Date: %b\r\n" % http_date().encode()
-        return (
-            b"%b%b%b%bx-claude-lb-endpoint: %b\r\nx-claude-lb-request-id: %b\r\n%b\r\n"
-            % (
-                answer_start(answer.status, answer.reason),
-                answer.kept,
-                framing,
-                request.answer_fields,
-                endpoint.name.encode("ascii"),
-                request.id.encode("ascii"),
-                connection_line(keep=delivery.keep_client, modern=request.head.modern),
-            )
-        )
-
     # -- the end -------------------------------------------------------------
 
+    @_guarded
     def _stream_ended(self, stream: Stream) -> None:
         """Settle everything once the answer is over."""
         services, upstream, relay = (
@@ -3921,7 +4016,7 @@ class Exchange:
             services.upstreams.give_back(upstream)
         else:
             relay.close(upstream)
-        services.pool.settle(upstream.endpoint, answering=answering, why=why)
+        self._settle(answering=answering, why=why)
         made = self._watch.ids() if self._watch is not None else ()
         if made:
             services.pool.pin(made, upstream.endpoint)
@@ -3933,8 +4028,11 @@ class Exchange:
             self._client.close(reset=stream.resets())
 
     def _end(self, status: int, outcome: Outcome, reason: str, sent: int = 0) -> None:
-        """Count the exchange out and write its line."""
+        """Count the exchange out and write its line, once."""
         request, services = self._request, self._services
+        if self._over:
+            return
+        self._over = True
         self._let_body_go()
         services.pool.release()
         if not services.log.shows(level_of(outcome)):
@@ -3956,11 +4054,6 @@ class Exchange:
                 reason=reason,
             )
         )
-
-
-def http_date() -> str:
-    """Return now, as a Date field says it."""
-    return formatdate(usegmt=True)
 
 
 # ============================================================================
@@ -4119,8 +4212,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except RefusedError as refusal:
                 self._refuse(refusal)
             except MemoryError:
-                self._refuse(RefusedError(503, "this proxy is out of memory"))
-            except ClientGoneError:
+                retry = (("Retry-After", str(RETRY_AFTER_S)),)
+                text = "this proxy is out of memory"
+                self._refuse(RefusedError(503, text, fields=retry))
+            except ClientGoneError as error:
+                self._record(0, Outcome.CLIENT_CANCELLED, str(error))
                 raise
             except Exception:  # noqa: BLE001 - a bug of ours costs one request
                 self.server.log.fault(f"{self.request_id} a fault of the proxy")
@@ -4195,6 +4291,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if b"access-control-request-method" not in head.values:
             methods = METHODS if under_v1(head.path) else _LOCAL_METHODS
             fields = f"Allow: {', '.join(methods)}\r\n"
+        elif self.admission.foreign and not self.answer_fields:
+            raise RefusedError(403, "web pages of other origins may not ask this")
         else:
             wanted = head.values.get(b"access-control-request-headers", "")
             fields = (
@@ -4276,7 +4374,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer with an error of ours, and write the request's line."""
         head = self.head
         keep = head is not None and head.keep_alive and not refusal.close
-        self._record(refusal)
+        self._record(refusal.status, Outcome.REFUSED, refusal.message)
         self._say(
             error_answer(
                 refusal,
@@ -4288,7 +4386,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             keep=keep,
         )
 
-    def _record(self, refusal: RefusedError) -> None:
+    def _record(self, status: int, ended: Outcome, reason: str) -> None:
         """Write the line of a request that reached no exchange."""
         head, since = self.head, self.client.since
         self.server.log.exchange(
@@ -4297,14 +4395,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 method=head.method if head else "-",
                 path=head.path if head else "-",
                 endpoint="",
-                status=refusal.status,
+                status=status,
                 attempts=0,
                 first_byte_ms=None,
                 total_ms=(time.monotonic() - since) * 1000,
                 request_bytes=0,
                 response_bytes=0,
-                ended=Outcome.REFUSED,
-                reason=refusal.message,
+                ended=ended,
+                reason=reason,
             )
         )
 
@@ -4362,7 +4460,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._ids = itertools.count(1)
         self._draining = False
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
-        self._shed_logged = -ACCEPT_LOG_S
+        self._full_logged = -ACCEPT_LOG_S
         self.listener = Listener(self)
         self.workers = Workers()
         self.relay = Relay(
@@ -4425,33 +4523,42 @@ class Server(http.server.ThreadingHTTPServer):
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in _ACCEPT_FAULTS:
-                    self._shed(error)
-                    return
-                continue  # it went away before it was accepted
+                if error.errno in _ACCEPT_FAULTS and not self._shed(error):
+                    self.relay.watch(self.listener, 0, self.accept_waiting)
+                    return  # until the next sweep
+                continue  # it went away before it was accepted, or was turned away
             try:
                 self.process_request(sock, address)
             except Exception:  # noqa: BLE001 - the next one must get in
                 self.log.fault("a fault while accepting")
                 sock.close()
 
-    def _shed(self, error: OSError) -> None:
-        """Say 503 to one client with the spare descriptor; pause to the next sweep."""
-        if self.relay.now - self._shed_logged >= ACCEPT_LOG_S:
-            self._shed_logged = self.relay.now
-            self.log.write("error", f"cannot accept connections: {error.strerror}")
-        if self._spare is not None:
-            os.close(self._spare)
-            self._spare = None
-            with contextlib.suppress(OSError):  # somebody else took the descriptor
-                sock, _ = self.socket.accept()
-                _turn_away(sock, "this proxy has run out of descriptors")
-        self.relay.watch(self.listener, 0, self.accept_waiting)
+    def _shed(self, error: OSError) -> bool:
+        """Say 503 to one client with the spare descriptor; tell whether that worked."""
+        self._log_full(f"cannot accept connections: {error.strerror}")
+        if self._spare is None:
+            return False
+        os.close(self._spare)
+        self._spare = None
+        with contextlib.suppress(OSError):  # somebody else took the descriptor
+            sock, _ = self.socket.accept()
+            _turn_away(sock, "this proxy has run out of descriptors")
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+        return self._spare is not None
+
+    def _log_full(self, message: str) -> None:
+        """Say that clients are turned away, at most every ten seconds."""
+        if self.relay.now - self._full_logged >= ACCEPT_LOG_S:
+            self._full_logged = self.relay.now
+            self.log.write("error", message)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a new connection to the relay, or say at once that we are full."""
         if len(self.connections) >= self.config.server.max_connections:
-            _turn_away(request, "this proxy has as many connections as it may have")
+            text = "this proxy has as many connections as it may have"
+            self._log_full(f"{text}: more get 503 (server.maxConnections)")
+            _turn_away(request, text)
             return
         client = ClientConnection(request, str(client_address[0]), self.connections)
         client.wake = partial(self.relay.unpark, client)
@@ -4463,8 +4570,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Begin the request in a client's buffer, or have a worker read on."""
         try:
             request = self._whole_request(client)
-        except RefusedError:
-            request = None  # the worker refuses it, and may block doing so
+        except Exception:  # noqa: BLE001 - a worker meets it again, and may answer it
+            request = None
         if request is not None:
             Exchange(self.services, client, request).start()
             return
@@ -4564,7 +4671,8 @@ class Server(http.server.ThreadingHTTPServer):
                 services.pool.note(endpoint, answering=False, why=error.message)
                 self.log.write("warn", error.message)
                 continue
-            self.relay.tell(partial(services.upstreams.give_back, connection))
+            if not self.relay.tell(partial(services.upstreams.give_back, connection)):
+                connection.close()
             services.pool.note(endpoint, answering=True, why="accepts connections")
 
     def stop(self, *, grace_s: float) -> None:
@@ -5048,10 +5156,12 @@ def apply_overrides(config: Config, arguments: argparse.Namespace) -> Config:
 
 def wants_color(settings: LogSettings, stream: TextIO) -> bool:
     """Tell whether log lines on `stream` are coloured."""
-    wish = os.environ.get("LOG_COLOR", "").lower() or settings.color
+    wish = os.environ.get("LOG_COLOR", "").lower()
+    if not wish:
+        wish = "off" if os.environ.get("NO_COLOR") else settings.color
     if wish in ("on", "1", "true", "always"):
         return True
-    if wish in ("off", "0", "false", "never") or os.environ.get("NO_COLOR"):
+    if wish in ("off", "0", "false", "never"):
         return False
     return settings.file is None and stream.isatty()
 
@@ -5059,10 +5169,12 @@ def wants_color(settings: LogSettings, stream: TextIO) -> bool:
 def describe(config: Config) -> str:
     """Return what would be served, without secrets."""
     server = config.server
-    lines = [f"configuration: {config.source}", f"listen: {server.host}:{server.port}"]
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    lines = [f"configuration: {config.source}", f"listen: {host}:{server.port}"]
     for endpoint in config.endpoints:
         state = "" if endpoint.enabled else " (disabled)"
-        secret = "the client's own" if endpoint.credential is None else "***"
+        passing = endpoint.auth_type is AuthType.PASSTHROUGH
+        secret = "the client's own" if passing else "***"
         proxy = " through a proxy" if endpoint.proxy else ""
         lines.append(
             f"endpoint {endpoint.name}: {endpoint.base_url} {endpoint.auth_type.value}"
