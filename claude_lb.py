@@ -264,6 +264,8 @@ class RefusedError(ProxyError):
         self.message = message
         self.fields = fields
         self.close = close
+        #: Whole header lines besides.
+        self.lines = b""
 
 
 class UpstreamError(ProxyError):
@@ -1775,6 +1777,14 @@ class Access:
         admission = self._check_origin(head)
         if not under_v1(head.path) or head.method == "OPTIONS":
             return admission
+        try:
+            return self._admit_forward(head, admission)
+        except RefusedError as refusal:
+            refusal.lines = admission.answer_fields  # the page may read why
+            raise
+
+    def _admit_forward(self, head: RequestHead, admission: Admission) -> Admission:
+        """Return what comes with a request for an endpoint; raises RefusedError."""
         self._check_content_type(head)
         ours = self._check_key(head)
         if self._via in head.values.get(b"x-claude-lb-via", ""):
@@ -2406,10 +2416,10 @@ class ClientConnection:
 
         Raises RefusedError for a head that is too long or comes too slowly.
         """
-        if self.buffer.startswith(CRLF):
-            self.buffer = self.buffer[2:]  # RFC 9112 section 2.2: one empty line
-        until = self.since + HEAD_S
+        until, skipped = self.since + HEAD_S, False
         while True:
+            if not skipped and self.buffer.startswith(CRLF):
+                self.buffer, skipped = self.buffer[2:], True  # RFC 9112 section 2.2
             stop = self.buffer.find(b"\r\n\r\n")
             if stop >= 0:
                 break
@@ -2636,7 +2646,11 @@ class Relay:
 
     def _sweep(self) -> None:
         for moving in tuple(self._moving):
-            moving.sweep(self.now)
+            try:
+                moving.sweep(self.now)
+            except Exception:  # noqa: BLE001 - one connection's fault is its own
+                self._log.fault("relay: a fault in one connection")
+                moving.abort("a fault of the proxy")
         for waiting in (self._parked, self._dismissed):
             for client in [c for c, until in waiting.items() if until <= self.now]:
                 del waiting[client]
@@ -2746,6 +2760,7 @@ class Relay:
 # Rule: OSError, ssl and http.client errors become UpstreamError here, with the
 # phase that says what the upstream may have seen.
 
+_IGNORE_UNEXPECTED_EOF = 0x80  # ssl.OP_IGNORE_UNEXPECTED_EOF, from Python 3.10 on
 _OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -2808,10 +2823,20 @@ def resolve(
     return [a for pair in pairs for a in pair if a is not None]
 
 
+def _keep_alive(sock: socket.socket) -> None:
+    """Have the system find out that a peer has vanished without a word."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("IDLE", 60), ("ALIVE", 60), ("INTVL", 60), ("CNT", 5)):
+        option = getattr(socket, f"TCP_KEEP{name}", None)  # ALIVE is macOS's IDLE
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
 def _start_connect(address: _Address) -> socket.socket:
     """Return a socket that is connecting to `address`; raises OSError."""
     sock = socket.socket(address[0], socket.SOCK_STREAM)
     sock.setblocking(False)
+    _keep_alive(sock)
     code = sock.connect_ex(address[1])
     if code not in (0, errno.EINPROGRESS):
         sock.close()
@@ -3068,6 +3093,8 @@ def trust_contexts(config: Config) -> dict[str | None, ssl.SSLContext]:
         try:
             context = ssl.create_default_context(cafile=ca_file)
             context.set_alpn_protocols(["http/1.1"])
+            # Python 3.9 sets it: a cut without close_notify would be a good end
+            context.options &= ~_IGNORE_UNEXPECTED_EOF
             contexts[ca_file] = context
         except (OSError, ssl.SSLError) as error:
             unread = isinstance(error, ssl.SSLError) or not error.strerror
@@ -3713,6 +3740,156 @@ def http_date() -> str:
     return formatdate(usegmt=True)
 
 
+class Ending(NamedTuple):
+    """How an answer ended."""
+
+    status: int
+    outcome: Outcome
+    reason: str
+    sent_bytes: int
+
+
+def _ignore(_: Ending) -> None:
+    """Take no note of an answer that has not begun."""
+
+
+class Commit:
+    """The answered half of an exchange: from the first byte to the client on."""
+
+    def __init__(
+        self,
+        services: Services,
+        client: ClientConnection,
+        request: ClientRequest,
+        upstream: UpstreamConnection,
+        answer: AnswerHead,
+    ) -> None:
+        self._services = services
+        self._client = client
+        self._request = request
+        self._upstream = upstream
+        self._answer = answer
+        self._watch = watch_for(answer, request.head.lane)
+        self._stream: Stream | None = None
+        self._over: Callable[[Ending], None] = _ignore
+
+    def begin(self, over: Callable[[Ending], None]) -> None:
+        """Send the head with what is here of the body; `over` is called once."""
+        self._over = over
+        answer, upstream, head = self._answer, self._upstream, self._request.head
+        recode, last = recoding_of(answer, modern=head.modern)
+        keep = head.keep_alive and not self._services.draining()
+        keep = keep and recode is not Recode.PLAIN
+        start = client_head(
+            self._request, upstream.endpoint, answer, chunked=bool(last), keep=keep
+        )
+        data, upstream.buffer = upstream.buffer, b""
+        events = isinstance(self._watch, SseWatch)
+        whole = answer.length if answer.kind is BodyKind.LENGTH else -1
+        if len(data) == whole and not events:
+            self._send_whole(start, data, keep=keep)
+            return
+        watched = self._watch is not None or recode is not Recode.AS_IS
+        reader = body_reader(answer, keep_payload=watched)
+        log = self._services.log
+        delivery = Delivery(
+            reader=reader,
+            recode=recode,
+            last=last,
+            watch=self._watch,
+            sse=self._watch if isinstance(self._watch, SseWatch) else None,
+            keep_client=keep,
+            keep_upstream=answer.keep_alive and upstream.whole,
+            idle_s=self._services.config.timeouts.idle_s,
+            trace=self._tell_chunk if log.shows("debug") else None,
+        )
+        self._begin_stream(delivery, start, data)
+
+    def _tell_chunk(self, size: int) -> None:
+        self._services.log.write("debug", f"{self._request.id} relays", bytes=size)
+
+    def _begin_stream(self, delivery: Delivery, start: bytes, data: bytes) -> None:
+        relay = self._services.relay
+        self._stream = Stream(
+            relay, self._client, self._upstream, delivery, self._stream_ended
+        )
+        self._stream.begin(start, data)
+
+    def _send_whole(self, start: bytes, body: bytes, *, keep: bool) -> None:
+        """Send an answer that is here whole: 7 us less than a Stream."""
+        if self._watch is not None:
+            self._watch.feed(body)
+        data = start + body
+        reusable = self._answer.keep_alive and self._upstream.whole
+        try:
+            sent = self._client.send_some(data)
+        except ClientGoneError as error:
+            ending = self._ending(Outcome.CLIENT_CANCELLED, str(error), 0)
+            self._finish(ending, reusable=reusable)
+            return
+        if sent == len(data):
+            ending = self._ending(Outcome.OK, "", sent)
+            self._finish(ending, reusable=reusable, keep=keep)
+            return
+        rest = Delivery(
+            reader=LengthReader(len(data) - sent),
+            recode=Recode.AS_IS,
+            last=b"",
+            watch=None,
+            sse=None,
+            keep_client=keep,
+            keep_upstream=reusable,
+            idle_s=self._services.config.timeouts.idle_s,
+            trace=None,
+        )
+        self._begin_stream(rest, b"", data[sent:])
+
+    def _ending(self, outcome: Outcome, reason: str, sent: int) -> Ending:
+        return Ending(self._answer.status, outcome, reason, sent)
+
+    def _stream_ended(self, stream: Stream) -> None:
+        outcome = stream.ended or Outcome.TRUNCATED
+        self._finish(
+            self._ending(outcome, stream.reason, stream.sent_bytes),
+            reusable=stream.keeps_upstream(),
+            keep=stream.keeps_client(),
+            reset=stream.resets(),
+        )
+
+    def _finish(
+        self,
+        ending: Ending,
+        *,
+        reusable: bool = False,
+        keep: bool = False,
+        reset: bool = False,
+    ) -> None:
+        """Let go of both sides, each as it deserves."""
+        services, relay = self._services, self._services.relay
+        if reusable:
+            services.upstreams.give_back(self._upstream)
+        else:
+            relay.close(self._upstream)
+        made = self._watch.ids() if self._watch is not None else ()
+        if made:
+            services.pool.pin(made, self._upstream.endpoint)
+        self._over(ending)
+        if keep:
+            relay.next_request(self._client)
+        else:
+            relay.release(self._client)
+            self._client.close(reset=reset)
+
+    def discard(self) -> bool:
+        """Drop what is left after a fault; tell whether the client had a byte."""
+        relay = self._services.relay
+        relay.close(self._upstream)
+        if self._stream is None:
+            return False
+        relay.leave(self._stream)
+        return self._stream.sent_bytes > 0
+
+
 def _guarded(step: Callable[..., None]) -> Callable[..., None]:
     """Return a step of an exchange that ends it, with a 500, if it has a fault."""
 
@@ -3751,9 +3928,9 @@ class Exchange:
         self._position = 0
         self._tried: list[Endpoint] = []
         self._attempt: Attempt | None = None
+        self._commit: Commit | None = None
         self._answer: AnswerHead | None = None
         self._first_byte_s: float | None = None
-        self._watch: Watch | None = None
         self._attempting = False  # counted in at the pool
         self._over = False
 
@@ -3773,9 +3950,6 @@ class Exchange:
 
     def _tell(self, message: str, **facts: object) -> None:
         self._services.log.write(self._services.log.detail, message, **facts)
-
-    def _tell_chunk(self, size: int) -> None:
-        self._services.log.write("debug", f"{self._request.id} relays", bytes=size)
 
     # -- attempts ------------------------------------------------------------
 
@@ -3858,12 +4032,12 @@ class Exchange:
 
     def collapse(self) -> None:
         """End after a fault of ours: tell the log, and the client if it can be."""
-        relay, attempt = self._services.relay, self._attempt
+        relay, commit = self._services.relay, self._commit
         self._services.log.fault(f"{self._request.id} a fault of the proxy")
-        if attempt is not None:
-            relay.leave(attempt)
-            relay.close(attempt.upstream)
-        if self._over or self._first_byte_s is not None:
+        if self._attempt is not None:
+            relay.leave(self._attempt)
+            relay.close(self._attempt.upstream)
+        if self._over or (commit is not None and commit.discard()):
             self._settle(answering=None)
             self._end(500, Outcome.REFUSED, "a fault of the proxy")
             relay.close(self._client)
@@ -3914,7 +4088,7 @@ class Exchange:
             reader = body_reader(answer, keep_payload=True)
             attempt.gather(reader, self._services.config.timeouts.idle_s)
         else:
-            self._commit(attempt.upstream, answer)
+            self._begin_answer(attempt.upstream, answer)
 
     @staticmethod
     def _must_edit(answer: AnswerHead, path: str) -> bool:
@@ -3939,85 +4113,30 @@ class Exchange:
             kept += b"content-length: %d\r\n" % len(body)
             kind = BodyKind.LENGTH
             answer = answer._replace(kind=kind, length=len(body), kept=kept)
-        self._commit(attempt.upstream, answer)
+        self._begin_answer(attempt.upstream, answer)
 
-    def _commit(self, upstream: UpstreamConnection, answer: AnswerHead) -> None:
-        """Begin the answer to the client."""
-        self._answer = answer
+    def _begin_answer(self, upstream: UpstreamConnection, answer: AnswerHead) -> None:
+        self._attempt = None
         self._first_byte_s = time.monotonic()
-        request, services = self._request.head, self._services
-        self._watch = watch_for(answer, self._lane)
-        events = isinstance(self._watch, SseWatch)
-        length = answer.length if answer.kind is BodyKind.LENGTH else -1
-        if len(upstream.buffer) == length and not events:
-            self._commit_whole(upstream, answer)
-            return
-        recode, last = recoding_of(answer, modern=request.modern)
-        watched = self._watch is not None or recode is not Recode.AS_IS
-        delivery = Delivery(
-            reader=body_reader(answer, keep_payload=watched),
-            recode=recode,
-            last=last,
-            watch=self._watch,
-            sse=self._watch if isinstance(self._watch, SseWatch) else None,
-            keep_client=request.keep_alive
-            and recode is not Recode.PLAIN
-            and not services.draining(),
-            keep_upstream=answer.keep_alive and upstream.whole,
-            idle_s=services.config.timeouts.idle_s,
-            trace=self._tell_chunk if services.log.shows("debug") else None,
-        )
-        head = client_head(
-            self._request,
-            upstream.endpoint,
-            answer,
-            chunked=bool(last),
-            keep=delivery.keep_client,
-        )
-        data, upstream.buffer = upstream.buffer, b""
-        self._attempt = None
         self._let_body_go()
-        relay = services.relay
-        stream = Stream(relay, self._client, upstream, delivery, self._stream_ended)
-        stream.begin(head, data)
+        self._commit = Commit(
+            self._services, self._client, self._request, upstream, answer
+        )
+        self._commit.begin(self._answered_whole)
 
-    def _commit_whole(self, upstream: UpstreamConnection, answer: AnswerHead) -> None:
-        """Send an answer that is here whole: 7 us less than a Stream."""
-        services, head = self._services, self._request.head
-        keep = head.keep_alive and not services.draining()
-        data = client_head(
-            self._request, upstream.endpoint, answer, chunked=False, keep=keep
-        )
-        if self._watch is not None:
-            self._watch.feed(upstream.buffer)
-        data, upstream.buffer = data + upstream.buffer, b""
-        self._attempt = None
-        self._let_body_go()
-        reusable = answer.keep_alive and upstream.whole
-        try:
-            sent = self._client.send_some(data)
-        except ClientGoneError as error:
-            self._finish(upstream, Outcome.CLIENT_CANCELLED, str(error), 0)
-            return
-        if sent == len(data):
-            self._finish(upstream, Outcome.OK, "", sent, reusable=reusable, keep=keep)
-            return
-        rest = Delivery(
-            reader=LengthReader(0),
-            recode=Recode.AS_IS,
-            last=b"",
-            watch=None,
-            sse=None,
-            keep_client=keep,
-            keep_upstream=reusable,
-            idle_s=services.config.timeouts.idle_s,
-            trace=None,
-        )
-        stream = Stream(
-            services.relay, self._client, upstream, rest, self._stream_ended
-        )
-        stream.sent_bytes = sent
-        stream.begin(data[sent:], b"")
+    def _answered_whole(self, ending: Ending) -> None:
+        """Take note that the answer is over, well or not."""
+        status, outcome = ending.status, ending.outcome
+        answering: bool | None = status < 500 and status not in _FAILING
+        why = f"answered {status}"
+        if outcome is Outcome.CLIENT_CANCELLED:
+            answering = None
+        elif outcome is not Outcome.OK:
+            answering, why = False, ending.reason
+        elif not answering:
+            outcome = Outcome.UPSTREAM_ERROR
+        self._settle(answering=answering, why=why)
+        self._end(status, outcome, ending.reason, ending.sent_bytes)
 
     def _let_body_go(self) -> None:
         """Free the request's body: nothing is sent again after the commit."""
@@ -4028,56 +4147,6 @@ class Exchange:
             self._request = self._request._replace(body=b"")
 
     # -- the end -------------------------------------------------------------
-
-    @_guarded
-    def _stream_ended(self, stream: Stream) -> None:
-        """Settle everything once the answer is over."""
-        self._finish(
-            stream.upstream,
-            stream.ended or Outcome.TRUNCATED,
-            stream.reason,
-            stream.sent_bytes,
-            reusable=stream.keeps_upstream(),
-            keep=stream.keeps_client(),
-            reset=stream.resets(),
-        )
-
-    def _finish(  # noqa: PLR0913 - how it ended, all by name
-        self,
-        upstream: UpstreamConnection,
-        outcome: Outcome,
-        reason: str,
-        sent: int,
-        *,
-        reusable: bool = False,
-        keep: bool = False,
-        reset: bool = False,
-    ) -> None:
-        """Let go of both sides, and tell the pool and the log."""
-        services, relay = self._services, self._services.relay
-        status = self._answer.status if self._answer is not None else 0
-        answering: bool | None = status < 500 and status not in _FAILING
-        why = f"answered {status}"
-        if outcome is Outcome.CLIENT_CANCELLED:
-            answering = None
-        elif outcome is not Outcome.OK:
-            answering, why = False, reason
-        elif not answering:
-            outcome = Outcome.UPSTREAM_ERROR
-        if reusable:
-            services.upstreams.give_back(upstream)
-        else:
-            relay.close(upstream)
-        self._settle(answering=answering, why=why)
-        made = self._watch.ids() if self._watch is not None else ()
-        if made:
-            services.pool.pin(made, upstream.endpoint)
-        self._end(status, outcome, reason, sent)
-        if keep:
-            relay.next_request(self._client)
-        else:
-            relay.release(self._client)
-            self._client.close(reset=reset)
 
     def _end(self, status: int, outcome: Outcome, reason: str, sent: int = 0) -> None:
         """Count the exchange out and write its line, once."""
@@ -4217,7 +4286,7 @@ def error_answer(
         error_document(refusal.status, refusal.message, request_id),
         request_id=request_id,
         head=head,
-        fields=fields + extra.encode("latin-1", "replace"),
+        fields=fields + refusal.lines + extra.encode("latin-1", "replace"),
         keep=keep,
     )
 
@@ -4414,7 +4483,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.admission.credentials,
         )
         if not head.chunked:
-            self._give_away(partial(server.receive, client, request, length or 0))
+            self._give_away(
+                partial(server.reception.receive, client, request, length or 0)
+            )
             return
         if head.expects and not client.buffer:
             client.send_all(CONTINUE)
@@ -4546,6 +4617,135 @@ def _now_text() -> str:
     return stamp(time.time())  # noqa: TID251 - a record, not a duration
 
 
+class Reception:
+    """Takes requests from clients, in the relay's thread."""
+
+    def __init__(
+        self,
+        services: Services,
+        access: Access,
+        *,
+        next_id: Callable[[], str],
+        serve: Callable[[ClientConnection], None],
+    ) -> None:
+        self._services = services
+        self._access = access
+        self._next_id = next_id
+        self._serve = serve  # a worker's way of serving a request
+        limit = services.config.server.max_body_mib
+        self._max_body_bytes = int(limit * 1024 * 1024)
+
+    def take(self, client: ClientConnection) -> None:
+        """Begin the request in a client's buffer, or have a worker see to it."""
+        try:
+            forwarded = self._forwarded(client)
+        except Exception:  # noqa: BLE001 - a worker meets it again, and may answer it
+            forwarded = None
+        if forwarded is not None:
+            self.receive(client, *forwarded)
+            return
+        self._services.relay.release(client)
+        try:
+            self._services.work(partial(self._serve, client))
+        except RuntimeError as error:
+            self._services.log.write("error", f"a request gets 503: {error}")
+            client.close_after(_busy(str(error)))
+
+    def _forwarded(self, client: ClientConnection) -> tuple[ClientRequest, int] | None:
+        """Take the head of a request for an endpoint out of a client's buffer.
+
+        Returns it with its body's length.  None if it is not whole, not for an
+        endpoint, or has a chunked body.  Raises RefusedError.
+        """
+        buffer = client.buffer
+        start = buffer.find(b"\r\n\r\n") + 4
+        if not 4 <= start <= MEMO_HEAD_BYTES:
+            return None
+        head, length = parse_request_head(buffer[:start])
+        if head.chunked or head.method == "OPTIONS" or not under_v1(head.path):
+            return None
+        admission = self._access.admit(head)
+        client.buffer = buffer[start:]
+        request = ClientRequest(
+            self._next_id(),
+            head,
+            b"",
+            client.since,
+            admission.answer_fields,
+            admission.credentials,
+        )
+        return request, length or 0
+
+    def receive(
+        self, client: ClientConnection, request: ClientRequest, length: int
+    ) -> None:
+        """Begin the exchange once the body of `length` bytes is here."""
+        buffer = client.buffer
+        if length > self._max_body_bytes:
+            text = f"a request body has {self._max_body_bytes} bytes at most here"
+            self._received(request, client, None, RefusedError(413, text))
+        elif len(buffer) >= length:
+            body, client.buffer = buffer[:length], buffer[length:]
+            Exchange(self._services, client, request._replace(body=body)).start()
+        else:
+            if request.head.expects and not buffer:
+                with contextlib.suppress(ClientGoneError):  # the upload sees it too
+                    client.send_some(CONTINUE)
+            ended = partial(self._received, request, client)
+            Upload(
+                self._services.relay, client, length, self._services.budget, ended
+            ).begin()
+
+    def _received(
+        self,
+        request: ClientRequest,
+        client: ClientConnection,
+        upload: Upload | None,
+        error: Exception | None,
+    ) -> None:
+        """Go on with a request whose body is here, or will not come."""
+        if upload is not None and error is None:
+            request = request._replace(body=upload.body)
+            Exchange(self._services, client, request, upload.held).start()
+            return
+        if upload is not None:
+            self._services.budget.give(upload.held)
+        record = bare_record(request.id, request.head, request.since)
+        if isinstance(error, RefusedError):
+            record = record._replace(status=error.status, reason=error.message)
+            self.refuse(client, request, error)
+        else:
+            gone = Outcome.CLIENT_CANCELLED
+            record = record._replace(ended=gone, reason=str(error))
+            self._services.relay.close(client)
+        self._services.log.exchange(record)
+
+    def refuse(
+        self, client: ClientConnection, request: ClientRequest, refusal: RefusedError
+    ) -> None:
+        """Give a client an error of ours instead of an endpoint's answer."""
+        keep = request.head.keep_alive and not (
+            self._services.draining() or refusal.close
+        )
+        answer = error_answer(
+            refusal,
+            request_id=request.id,
+            head=request.head,
+            fields=request.answer_fields,
+            keep=keep,
+        )
+        try:
+            whole = client.send_some(answer) == len(answer)
+        except ClientGoneError:
+            whole = False
+        if not whole:
+            self._services.relay.close(client)
+        elif keep:
+            self._services.relay.next_request(client)
+        else:
+            self._services.relay.dismiss(client)
+
+
 class Listener:
     """The listening socket, as the relay watches it; see Connection."""
 
@@ -4594,8 +4794,11 @@ class Server(http.server.ThreadingHTTPServer):
         self._full_logged = -ACCEPT_LOG_S
         self.listener = Listener(self)
         self.workers = Workers()
+        # `reception` needs both and is needed by both: it is looked up when called
         self.relay = Relay(
-            log, take_request=self._take_request, keep_house=self._keep_house
+            log,
+            take_request=lambda client: self.reception.take(client),  # noqa: PLW0108
+            keep_house=self._keep_house,
         )
         self.services = Services(
             config=config,
@@ -4606,8 +4809,14 @@ class Server(http.server.ThreadingHTTPServer):
             via=self.via,
             draining=self.draining,
             work=self.workers.submit,
-            refuse=self._refuse,
+            refuse=lambda *parts: self.reception.refuse(*parts),  # noqa: PLW0108
             budget=self.budget,
+        )
+        self.reception = Reception(
+            self.services,
+            self.access,
+            next_id=self.next_request_id,
+            serve=self._serve_in_worker,
         )
 
     def server_bind(self) -> None:
@@ -4695,115 +4904,7 @@ class Server(http.server.ThreadingHTTPServer):
         client.wake = partial(self.relay.unpark, client)
         self.relay.next_request(client)
 
-    # -- requests, in the relay's thread -------------------------------------
-
-    def _take_request(self, client: ClientConnection) -> None:
-        """Begin the request in a client's buffer, or have a worker see to it."""
-        try:
-            forwarded = self._forwarded(client)
-        except Exception:  # noqa: BLE001 - a worker meets it again, and may answer it
-            forwarded = None
-        if forwarded is not None:
-            self.receive(client, *forwarded)
-            return
-        self.relay.release(client)
-        try:
-            self.workers.submit(partial(self._work, client))
-        except RuntimeError as error:
-            self.log.write("error", f"a request gets 503: {error}")
-            client.close_after(_busy(str(error)))
-
-    def _forwarded(self, client: ClientConnection) -> tuple[ClientRequest, int] | None:
-        """Take the head of a request for an endpoint out of a client's buffer.
-
-        Returns it with its body's length.  None if it is not whole, not for an
-        endpoint, or has a chunked body.  Raises RefusedError.
-        """
-        buffer = client.buffer
-        start = buffer.find(b"\r\n\r\n") + 4
-        if not 4 <= start <= MEMO_HEAD_BYTES:
-            return None
-        head, length = parse_request_head(buffer[:start])
-        if head.chunked or head.method == "OPTIONS" or not under_v1(head.path):
-            return None
-        admission = self.access.admit(head)
-        client.buffer = buffer[start:]
-        request = ClientRequest(
-            self.next_request_id(),
-            head,
-            b"",
-            client.since,
-            admission.answer_fields,
-            admission.credentials,
-        )
-        return request, length or 0
-
-    def receive(
-        self, client: ClientConnection, request: ClientRequest, length: int
-    ) -> None:
-        """Begin the exchange once the body of `length` bytes is here."""
-        buffer = client.buffer
-        if length > self.max_body_bytes:
-            text = f"a request body has {self.max_body_bytes} bytes at most here"
-            self._received(request, client, None, RefusedError(413, text))
-        elif len(buffer) >= length:
-            body, client.buffer = buffer[:length], buffer[length:]
-            Exchange(self.services, client, request._replace(body=body)).start()
-        else:
-            if request.head.expects and not buffer:
-                with contextlib.suppress(ClientGoneError):  # the upload sees it too
-                    client.send_some(CONTINUE)
-            ended = partial(self._received, request, client)
-            Upload(self.relay, client, length, self.budget, ended).begin()
-
-    def _received(
-        self,
-        request: ClientRequest,
-        client: ClientConnection,
-        upload: Upload | None,
-        error: Exception | None,
-    ) -> None:
-        """Go on with a request whose body is here, or will not come."""
-        if upload is not None and error is None:
-            request = request._replace(body=upload.body)
-            Exchange(self.services, client, request, upload.held).start()
-            return
-        if upload is not None:
-            self.budget.give(upload.held)
-        record = bare_record(request.id, request.head, request.since)
-        if isinstance(error, RefusedError):
-            record = record._replace(status=error.status, reason=error.message)
-            self._refuse(client, request, error)
-        else:
-            gone = Outcome.CLIENT_CANCELLED
-            record = record._replace(ended=gone, reason=str(error))
-            self.relay.close(client)
-        self.log.exchange(record)
-
-    def _refuse(
-        self, client: ClientConnection, request: ClientRequest, refusal: RefusedError
-    ) -> None:
-        """Give a client an error of ours instead of an endpoint's answer."""
-        keep = request.head.keep_alive and not (self._draining or refusal.close)
-        answer = error_answer(
-            refusal,
-            request_id=request.id,
-            head=request.head,
-            fields=request.answer_fields,
-            keep=keep,
-        )
-        try:
-            whole = client.send_some(answer) == len(answer)
-        except ClientGoneError:
-            whole = False
-        if not whole:
-            self.relay.close(client)
-        elif keep:
-            self.relay.next_request(client)
-        else:
-            self.relay.dismiss(client)
-
-    def _work(self, client: ClientConnection) -> None:
+    def _serve_in_worker(self, client: ClientConnection) -> None:
         """Serve a request in a worker's thread."""
         try:
             Handler(client, (client.address, 0), self)  # type: ignore[arg-type]
