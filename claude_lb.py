@@ -2,9 +2,9 @@
 """claude_lb: one address in front of several Claude endpoints, in one file.
 
 Life of a request
-    Server.accept_waiting -> Relay.unpark -> Server._take_request (a request that is
-    long, slow, bad or for us: Handler, in a worker) -> parse_request_head
-    -> Access.admit -> Exchange.start -> Pool.reserve -> Upstreams.take, or connect in
+    Server.accept_waiting -> Relay.unpark -> Reception.take (a request that is slow,
+    bad or for us: Handler, in a worker) -> parse_request_head -> Access.admit
+    -> Exchange.start -> Pool.reserve -> Upstreams.take, or connect in
     a worker -> Attempt -> judge -> Stream -> Pool.settle, one log line, next request.
 
     The moment the first answer byte goes to the client is the commit.  Before it
@@ -45,9 +45,10 @@ Contents
     16. ATTEMPT      one request on its way, until its answer's head is here
     17. STREAM       one committed answer on its way to the client
     18. EXCHANGE     one client request with its attempts and its answer
-    19. SERVER       who may ask what; routes; threads; drain
-    20. DEMO         two embedded upstreams that speak the Messages API
-    21. CLI          options, start, stop
+    19. RECEPTION    from a client's bytes to an exchange; answers of our own
+    20. SERVER       the listening socket, our own routes, start, drain
+    21. DEMO         two embedded upstreams that speak the Messages API
+    22. CLI          options, start, stop
 
 Usage
     python3 claude_lb.py --demo
@@ -1213,6 +1214,24 @@ def _parse_request_line(line: bytes) -> tuple[str, str, bool]:
     return method, target, match[4] == b"1"
 
 
+def _collect(
+    rest: Sequence[bytes],
+) -> tuple[dict[bytes, str], tuple[tuple[bytes, bytes], ...]]:
+    """Return a request's fields by name, and (name, line) in order.
+
+    Raises ValueError, or OverflowError for too many or too long ones.
+    """
+    values: dict[bytes, str] = {}
+    lines = []
+    for name, value, line in split_fields(rest):
+        text = value.decode("latin-1")
+        if name in values and name in _SINGLE_FIELDS:
+            raise ValueError(f"{name.decode()} stands twice")
+        values[name] = f"{values[name]}, {text}" if name in values else text
+        lines.append((name, line))
+    return values, tuple(lines)
+
+
 def _parse_shape(shape: bytes) -> RequestHead:
     """Return what a request head without its Content-Length line says."""
     try:
@@ -1221,17 +1240,8 @@ def _parse_shape(shape: bytes) -> RequestHead:
         raise RefusedError(400, str(error)) from None
     first, *rest = shape[:-4].split(CRLF)
     method, target, modern = _parse_request_line(first)
-    values: dict[bytes, str] = {}
-    lines = []
     try:
-        for name, value, line in split_fields(rest):
-            text = value.decode("latin-1")
-            if name in values:
-                if name in _SINGLE_FIELDS:
-                    raise RefusedError(400, f"{name.decode()} stands twice")
-                text = f"{values[name]}, {text}"
-            values[name] = text
-            lines.append((name, line))
+        values, lines = _collect(rest)
     except OverflowError as error:
         raise RefusedError(431, str(error)) from None
     except ValueError as error:
@@ -1252,7 +1262,7 @@ def _parse_shape(shape: bytes) -> RequestHead:
         target=target,
         path=path,
         modern=modern,
-        lines=tuple(lines),
+        lines=lines,
         values=values,
         host=host or authority,
         chunked=_check_framing(values, modern=modern),
@@ -2611,10 +2621,16 @@ class Relay:
 
     def _do_tasks(self) -> None:
         while self._tasks:
-            try:
-                self._tasks.popleft()()
-            except Exception:  # noqa: BLE001 - one connection's fault is its own
-                self._log.fault("relay: a fault in a task")
+            self._call(self._tasks.popleft())
+
+    def _call(self, step: Callable[[], None]) -> bool:
+        """Do `step`; tell whether it went without a fault, which is logged."""
+        try:
+            step()
+        except Exception:  # noqa: BLE001 - one connection's fault is its own
+            self._log.fault("relay: a fault in one connection")
+            return False
+        return True
 
     def _turn(self) -> None:
         ready = self._selector.select(SWEEP_S)
@@ -2629,6 +2645,7 @@ class Relay:
             try:
                 connection.owner(mask)
             except Exception:  # noqa: BLE001 - one connection's fault is its own
+                self._log.fault("relay: a fault in one connection")
                 self._fail(connection)
         self._do_tasks()
         if self.now - self._swept >= SWEEP_S:
@@ -2637,7 +2654,6 @@ class Relay:
 
     def _fail(self, connection: Connection) -> None:
         """End what the connection was used for when the fault came."""
-        self._log.fault("relay: a fault in one connection")
         user = getattr(connection.owner, "__self__", None)
         if user in self._moving:
             user.abort("a fault of the proxy")
@@ -2646,10 +2662,7 @@ class Relay:
 
     def _sweep(self) -> None:
         for moving in tuple(self._moving):
-            try:
-                moving.sweep(self.now)
-            except Exception:  # noqa: BLE001 - one connection's fault is its own
-                self._log.fault("relay: a fault in one connection")
+            if not self._call(partial(moving.sweep, self.now)):
                 moving.abort("a fault of the proxy")
         for waiting in (self._parked, self._dismissed):
             for client in [c for c, until in waiting.items() if until <= self.now]:
@@ -2832,16 +2845,19 @@ def _keep_alive(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def _start_connect(address: _Address) -> socket.socket:
-    """Return a socket that is connecting to `address`; raises OSError."""
-    sock = socket.socket(address[0], socket.SOCK_STREAM)
+def _start_connect(address: _Address) -> tuple[socket.socket | None, OSError]:
+    """Return a socket that is connecting to `address`, or None and why not."""
+    try:
+        sock = socket.socket(address[0], socket.SOCK_STREAM)
+    except OSError as error:
+        return None, error
     sock.setblocking(False)
     _keep_alive(sock)
     code = sock.connect_ex(address[1])
     if code not in (0, errno.EINPROGRESS):
         sock.close()
-        raise OSError(code, os.strerror(code))
-    return sock
+        return None, OSError(code, os.strerror(code))
+    return sock, OSError(code, os.strerror(code))
 
 
 def dial(
@@ -2862,9 +2878,8 @@ def dial(
                 raise TimeoutError("no answer in time")
             pause = until
             if waiting:
-                try:
-                    sock = _start_connect(waiting.popleft())
-                except OSError as error:
+                sock, error = _start_connect(waiting.popleft())
+                if sock is None:
                     last = error
                     continue
                 racing[sock.fileno()] = sock
@@ -3194,11 +3209,18 @@ class Upstreams:
 class Caller(Protocol):
     """Who is told how an attempt has gone: exactly one of these, once."""
 
-    def answered(self, answer: AnswerHead) -> None:
-        """Take the head; the body's first bytes are in the upstream's buffer."""
+    def answered(
+        self, upstream: UpstreamConnection, answer: AnswerHead
+    ) -> BodyReader | None:
+        """Take the head; the body's first bytes are in the upstream's buffer.
 
-    def gathered(self, body: bytes | None) -> None:
-        """Take the whole body asked for by `gather`; None: it stays as it came."""
+        Returning a reader asks for the whole body first, by `gathered`.
+        """
+
+    def gathered(
+        self, upstream: UpstreamConnection, answer: AnswerHead, body: bytes | None
+    ) -> None:
+        """Take a body that was asked for; None: it is to stay as it came."""
 
     def failed(self, error: UpstreamError) -> None:
         """Take the reason why there is no answer."""
@@ -3214,6 +3236,7 @@ class Attempt:
     """One request on its way to an upstream, until its answer's head is here."""
 
     __slots__ = (
+        "_answer",
         "_body",
         "_caller",
         "_fed",
@@ -3242,7 +3265,9 @@ class Attempt:
         self._limit_s = 0.0
         self._rest = memoryview(b"")  # of the request, still to be sent
         self._since = relay.now  # of the last byte sent, or of the last one read
-        self._reader: BodyReader | None = None  # while a body is gathered
+        # While a body is gathered
+        self._reader: BodyReader | None = None
+        self._answer: AnswerHead | None = None
         self._fed = 0  # bytes of the upstream's buffer that the reader has had
         self._body = b""
 
@@ -3332,17 +3357,19 @@ class Attempt:
         if answer is not None:
             self._rest = memoryview(b"")  # an early answer ends the sending
             self._relay.leave(self)
-            self._caller.answered(answer)
+            reader = self._caller.answered(upstream, answer)
+            if reader is not None:
+                self._gather(reader, answer)
         elif upstream.pending():
             self.on_upstream(selectors.EVENT_READ)
 
-    def gather(self, reader: BodyReader, stall_s: float) -> None:
+    def _gather(self, reader: BodyReader, answer: AnswerHead) -> None:
         """Read the whole body before anything of the answer goes on.
 
         For answers that must be edited; one that is longer than EDIT_BYTES,
         broken or cut goes on as it came.
         """
-        self._reader, self._limit_s = reader, stall_s
+        self._reader, self._answer = reader, answer
         self._relay.enter(self)
         self._since = self._relay.now
         self._watch()
@@ -3365,7 +3392,9 @@ class Attempt:
 
     def _end_gathering(self, *, complete: bool) -> None:
         self._relay.leave(self)
-        self._caller.gathered(self._body if complete else None)
+        if self._answer is not None:
+            body = self._body if complete else None
+            self._caller.gathered(self.upstream, self._answer, body)
 
     def sweep(self, now: float) -> None:
         """Enforce the limits of sending and of waiting for the head."""
@@ -3890,15 +3919,15 @@ class Commit:
         return self._stream.sent_bytes > 0
 
 
-def _guarded(step: Callable[..., None]) -> Callable[..., None]:
+def _guarded(step: Callable[..., Any]) -> Callable[..., Any]:
     """Return a step of an exchange that ends it, with a 500, if it has a fault."""
 
     @wraps(step)
-    def run(exchange: Exchange, *args: object) -> None:
+    def run(exchange: Exchange, *args: object) -> Any:
         try:
-            step(exchange, *args)
+            return step(exchange, *args)
         except Exception:  # noqa: BLE001 - a bug of ours costs one request
-            exchange.collapse()
+            return exchange.collapse()
 
     return run
 
@@ -3929,7 +3958,6 @@ class Exchange:
         self._tried: list[Endpoint] = []
         self._attempt: Attempt | None = None
         self._commit: Commit | None = None
-        self._answer: AnswerHead | None = None
         self._first_byte_s: float | None = None
         self._attempting = False  # counted in at the pool
         self._over = False
@@ -4068,27 +4096,26 @@ class Exchange:
     # -- the answer ----------------------------------------------------------
 
     @_guarded
-    def answered(self, answer: AnswerHead) -> None:
+    def answered(
+        self, upstream: UpstreamConnection, answer: AnswerHead
+    ) -> BodyReader | None:
         """Begin the answer, unless it is none, or must be edited; see Caller."""
-        attempt, head = self._attempt, self._request.head
-        assert attempt is not None  # noqa: S101 - for mypy: only it calls
-        self._answer = answer
         page = answer.status < 300 and answer.content_type.startswith(b"text/html")
         if page and self._lane is not Lane.FIXED:
-            name = attempt.upstream.endpoint.name
-            self._services.relay.close(attempt.upstream)
+            self._services.relay.close(upstream)
             self.failed(
                 UpstreamError(
                     Phase.WAIT,
-                    f"{name} answered with a web page, not a message: is its baseURL"
-                    " right, or is a login page of the network in between?",
+                    f"{upstream.endpoint.name} answered with a web page, not a message:"
+                    " is its baseURL right, or is a login page of the network in"
+                    " between?",
                 )
             )
-        elif self._must_edit(answer, head.path):
-            reader = body_reader(answer, keep_payload=True)
-            attempt.gather(reader, self._services.config.timeouts.idle_s)
+        elif self._must_edit(answer, self._request.head.path):
+            return body_reader(answer, keep_payload=True)
         else:
-            self._begin_answer(attempt.upstream, answer)
+            self._begin_answer(upstream, answer)
+        return None
 
     @staticmethod
     def _must_edit(answer: AnswerHead, path: str) -> bool:
@@ -4097,23 +4124,22 @@ class Exchange:
         return plain and whole and is_edited(path)
 
     @_guarded
-    def gathered(self, body: bytes | None) -> None:
+    def gathered(
+        self, upstream: UpstreamConnection, answer: AnswerHead, body: bytes | None
+    ) -> None:
         """Let the results_url of batch objects point at us; see Caller.
 
         Clients fetch that URL with the credential they have for us.
         """
-        attempt, answer = self._attempt, self._answer
-        assert attempt is not None  # noqa: S101 - for mypy: only it calls
-        assert answer is not None  # noqa: S101 - for mypy: it came before
         if body is not None:
             host = self._request.head.host.encode("latin-1")
             body = _RESULTS_URL.sub(rb"\1http://" + host + rb"\2", body)
-            attempt.upstream.buffer = body
+            upstream.buffer = body
             kept = without_fields(answer.kept, frozenset([b"content-length"]))
             kept += b"content-length: %d\r\n" % len(body)
             kind = BodyKind.LENGTH
             answer = answer._replace(kind=kind, length=len(body), kept=kept)
-        self._begin_answer(attempt.upstream, answer)
+        self._begin_answer(upstream, answer)
 
     def _begin_answer(self, upstream: UpstreamConnection, answer: AnswerHead) -> None:
         self._attempt = None
@@ -4178,14 +4204,11 @@ class Exchange:
 
 
 # ============================================================================
-# 19. SERVER
+# 19. RECEPTION
 # ============================================================================
 #
-# http.server gives the socket, the names and the frame of a handler; the reading of
-# requests is ours, because the standard handler executes HTTP/0.9, merges framing
-# fields and reads without a limit of time.
-
-_LOCAL_METHODS = ("GET", "HEAD", "OPTIONS")
+# From a client's bytes to an exchange, in the relay's thread; and what we answer
+# ourselves.  Rule: who may ask is decided before any byte of a body is read.
 
 
 class Workers:
@@ -4311,6 +4334,12 @@ def bare_record(
     )
 
 
+def busy_answer(message: str) -> bytes:
+    """Return the answer to a client that gets neither a place nor a worker."""
+    fields = (("Retry-After", str(RETRY_AFTER_S)),)
+    return error_answer(RefusedError(503, message, fields=fields), request_id="lb_busy")
+
+
 class Upload:
     """A request's body on its way from a client; it holds no thread.
 
@@ -4384,6 +4413,146 @@ class Upload:
     def _end(self, error: Exception | None) -> None:
         self._relay.leave(self)
         self._ended(self, error)
+
+
+class Reception:
+    """Takes requests from clients, in the relay's thread."""
+
+    def __init__(
+        self,
+        services: Services,
+        access: Access,
+        *,
+        next_id: Callable[[], str],
+        serve: Callable[[ClientConnection], None],
+    ) -> None:
+        self._services = services
+        self._access = access
+        self._next_id = next_id
+        self._serve = serve  # a worker's way of serving a request
+        limit = services.config.server.max_body_mib
+        self._max_body_bytes = int(limit * 1024 * 1024)
+
+    def take(self, client: ClientConnection) -> None:
+        """Begin the request in a client's buffer, or have a worker see to it."""
+        try:
+            forwarded = self._forwarded(client)
+        except Exception:  # noqa: BLE001 - a worker meets it again, and may answer it
+            forwarded = None
+        if forwarded is not None:
+            self.receive(client, *forwarded)
+            return
+        self._services.relay.release(client)
+        try:
+            self._services.work(partial(self._serve, client))
+        except RuntimeError as error:
+            self._services.log.write("error", f"a request gets 503: {error}")
+            client.close_after(busy_answer(str(error)))
+
+    def _forwarded(self, client: ClientConnection) -> tuple[ClientRequest, int] | None:
+        """Take the head of a request for an endpoint out of a client's buffer.
+
+        Returns it with its body's length.  None if it is not whole, not for an
+        endpoint, or has a chunked body.  Raises RefusedError.
+        """
+        buffer = client.buffer
+        start = buffer.find(b"\r\n\r\n") + 4
+        if not 4 <= start <= MEMO_HEAD_BYTES:
+            return None
+        head, length = parse_request_head(buffer[:start])
+        if head.chunked or head.method == "OPTIONS" or not under_v1(head.path):
+            return None
+        admission = self._access.admit(head)
+        client.buffer = buffer[start:]
+        request = ClientRequest(
+            self._next_id(),
+            head,
+            b"",
+            client.since,
+            admission.answer_fields,
+            admission.credentials,
+        )
+        return request, length or 0
+
+    def receive(
+        self, client: ClientConnection, request: ClientRequest, length: int
+    ) -> None:
+        """Begin the exchange once the body of `length` bytes is here."""
+        buffer = client.buffer
+        if length > self._max_body_bytes:
+            text = f"a request body has {self._max_body_bytes} bytes at most here"
+            self._received(request, client, None, RefusedError(413, text))
+        elif len(buffer) >= length:
+            body, client.buffer = buffer[:length], buffer[length:]
+            Exchange(self._services, client, request._replace(body=body)).start()
+        else:
+            if request.head.expects and not buffer:
+                with contextlib.suppress(ClientGoneError):  # the upload sees it too
+                    client.send_some(CONTINUE)
+            ended = partial(self._received, request, client)
+            Upload(
+                self._services.relay, client, length, self._services.budget, ended
+            ).begin()
+
+    def _received(
+        self,
+        request: ClientRequest,
+        client: ClientConnection,
+        upload: Upload | None,
+        error: Exception | None,
+    ) -> None:
+        """Go on with a request whose body is here, or will not come."""
+        if upload is not None and error is None:
+            request = request._replace(body=upload.body)
+            Exchange(self._services, client, request, upload.held).start()
+            return
+        if upload is not None:
+            self._services.budget.give(upload.held)
+        record = bare_record(request.id, request.head, request.since)
+        if isinstance(error, RefusedError):
+            record = record._replace(status=error.status, reason=error.message)
+            self.refuse(client, request, error)
+        else:
+            gone = Outcome.CLIENT_CANCELLED
+            record = record._replace(ended=gone, reason=str(error))
+            self._services.relay.close(client)
+        self._services.log.exchange(record)
+
+    def refuse(
+        self, client: ClientConnection, request: ClientRequest, refusal: RefusedError
+    ) -> None:
+        """Give a client an error of ours instead of an endpoint's answer."""
+        keep = request.head.keep_alive and not (
+            self._services.draining() or refusal.close
+        )
+        answer = error_answer(
+            refusal,
+            request_id=request.id,
+            head=request.head,
+            fields=request.answer_fields,
+            keep=keep,
+        )
+        try:
+            whole = client.send_some(answer) == len(answer)
+        except ClientGoneError:
+            whole = False
+        if not whole:
+            self._services.relay.close(client)
+        elif keep:
+            self._services.relay.next_request(client)
+        else:
+            self._services.relay.dismiss(client)
+
+
+# ============================================================================
+# 20. SERVER
+# ============================================================================
+#
+# http.server gives the socket, the names and the frame of a handler; the reading of
+# requests is ours, because the standard handler executes HTTP/0.9, merges framing
+# fields and reads without a limit of time.
+
+_LOCAL_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -4617,135 +4786,6 @@ def _now_text() -> str:
     return stamp(time.time())  # noqa: TID251 - a record, not a duration
 
 
-class Reception:
-    """Takes requests from clients, in the relay's thread."""
-
-    def __init__(
-        self,
-        services: Services,
-        access: Access,
-        *,
-        next_id: Callable[[], str],
-        serve: Callable[[ClientConnection], None],
-    ) -> None:
-        self._services = services
-        self._access = access
-        self._next_id = next_id
-        self._serve = serve  # a worker's way of serving a request
-        limit = services.config.server.max_body_mib
-        self._max_body_bytes = int(limit * 1024 * 1024)
-
-    def take(self, client: ClientConnection) -> None:
-        """Begin the request in a client's buffer, or have a worker see to it."""
-        try:
-            forwarded = self._forwarded(client)
-        except Exception:  # noqa: BLE001 - a worker meets it again, and may answer it
-            forwarded = None
-        if forwarded is not None:
-            self.receive(client, *forwarded)
-            return
-        self._services.relay.release(client)
-        try:
-            self._services.work(partial(self._serve, client))
-        except RuntimeError as error:
-            self._services.log.write("error", f"a request gets 503: {error}")
-            client.close_after(_busy(str(error)))
-
-    def _forwarded(self, client: ClientConnection) -> tuple[ClientRequest, int] | None:
-        """Take the head of a request for an endpoint out of a client's buffer.
-
-        Returns it with its body's length.  None if it is not whole, not for an
-        endpoint, or has a chunked body.  Raises RefusedError.
-        """
-        buffer = client.buffer
-        start = buffer.find(b"\r\n\r\n") + 4
-        if not 4 <= start <= MEMO_HEAD_BYTES:
-            return None
-        head, length = parse_request_head(buffer[:start])
-        if head.chunked or head.method == "OPTIONS" or not under_v1(head.path):
-            return None
-        admission = self._access.admit(head)
-        client.buffer = buffer[start:]
-        request = ClientRequest(
-            self._next_id(),
-            head,
-            b"",
-            client.since,
-            admission.answer_fields,
-            admission.credentials,
-        )
-        return request, length or 0
-
-    def receive(
-        self, client: ClientConnection, request: ClientRequest, length: int
-    ) -> None:
-        """Begin the exchange once the body of `length` bytes is here."""
-        buffer = client.buffer
-        if length > self._max_body_bytes:
-            text = f"a request body has {self._max_body_bytes} bytes at most here"
-            self._received(request, client, None, RefusedError(413, text))
-        elif len(buffer) >= length:
-            body, client.buffer = buffer[:length], buffer[length:]
-            Exchange(self._services, client, request._replace(body=body)).start()
-        else:
-            if request.head.expects and not buffer:
-                with contextlib.suppress(ClientGoneError):  # the upload sees it too
-                    client.send_some(CONTINUE)
-            ended = partial(self._received, request, client)
-            Upload(
-                self._services.relay, client, length, self._services.budget, ended
-            ).begin()
-
-    def _received(
-        self,
-        request: ClientRequest,
-        client: ClientConnection,
-        upload: Upload | None,
-        error: Exception | None,
-    ) -> None:
-        """Go on with a request whose body is here, or will not come."""
-        if upload is not None and error is None:
-            request = request._replace(body=upload.body)
-            Exchange(self._services, client, request, upload.held).start()
-            return
-        if upload is not None:
-            self._services.budget.give(upload.held)
-        record = bare_record(request.id, request.head, request.since)
-        if isinstance(error, RefusedError):
-            record = record._replace(status=error.status, reason=error.message)
-            self.refuse(client, request, error)
-        else:
-            gone = Outcome.CLIENT_CANCELLED
-            record = record._replace(ended=gone, reason=str(error))
-            self._services.relay.close(client)
-        self._services.log.exchange(record)
-
-    def refuse(
-        self, client: ClientConnection, request: ClientRequest, refusal: RefusedError
-    ) -> None:
-        """Give a client an error of ours instead of an endpoint's answer."""
-        keep = request.head.keep_alive and not (
-            self._services.draining() or refusal.close
-        )
-        answer = error_answer(
-            refusal,
-            request_id=request.id,
-            head=request.head,
-            fields=request.answer_fields,
-            keep=keep,
-        )
-        try:
-            whole = client.send_some(answer) == len(answer)
-        except ClientGoneError:
-            whole = False
-        if not whole:
-            self._services.relay.close(client)
-        elif keep:
-            self._services.relay.next_request(client)
-        else:
-            self._services.relay.dismiss(client)
-
-
 class Listener:
     """The listening socket, as the relay watches it; see Connection."""
 
@@ -4794,10 +4834,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._full_logged = -ACCEPT_LOG_S
         self.listener = Listener(self)
         self.workers = Workers()
-        # `reception` needs both and is needed by both: it is looked up when called
         self.relay = Relay(
             log,
-            take_request=lambda client: self.reception.take(client),  # noqa: PLW0108
+            take_request=self._take,
             keep_house=self._keep_house,
         )
         self.services = Services(
@@ -4809,7 +4848,7 @@ class Server(http.server.ThreadingHTTPServer):
             via=self.via,
             draining=self.draining,
             work=self.workers.submit,
-            refuse=lambda *parts: self.reception.refuse(*parts),  # noqa: PLW0108
+            refuse=self._refuse,
             budget=self.budget,
         )
         self.reception = Reception(
@@ -4904,6 +4943,16 @@ class Server(http.server.ThreadingHTTPServer):
         client.wake = partial(self.relay.unpark, client)
         self.relay.next_request(client)
 
+    # The relay and the exchanges need the reception, which needs them
+
+    def _take(self, client: ClientConnection) -> None:
+        self.reception.take(client)
+
+    def _refuse(
+        self, client: ClientConnection, request: ClientRequest, refusal: RefusedError
+    ) -> None:
+        self.reception.refuse(client, request, refusal)
+
     def _serve_in_worker(self, client: ClientConnection) -> None:
         """Serve a request in a worker's thread."""
         try:
@@ -4971,17 +5020,11 @@ class Server(http.server.ThreadingHTTPServer):
 _ACCEPT_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-def _busy(message: str) -> bytes:
-    """Return the answer to a client that gets neither a place nor a worker."""
-    fields = (("Retry-After", str(RETRY_AFTER_S)),)
-    return error_answer(RefusedError(503, message, fields=fields), request_id="lb_busy")
-
-
 def _turn_away(sock: socket.socket, message: str) -> None:
     """Say 503 on a socket that gets no ClientConnection, and close it."""
     try:
         sock.setblocking(False)
-        sock.send(_busy(message))
+        sock.send(busy_answer(message))
         sock.shutdown(socket.SHUT_WR)
         sock.recv(READ_BYTES)
     except OSError:
@@ -4990,7 +5033,7 @@ def _turn_away(sock: socket.socket, message: str) -> None:
 
 
 # ============================================================================
-# 20. DEMO
+# 21. DEMO
 # ============================================================================
 #
 # Upstreams to try the proxy on, without a key or a network.  They answer what a
@@ -5240,7 +5283,7 @@ class DemoUpstream(http.server.ThreadingHTTPServer):
 
 
 # ============================================================================
-# 21. CLI
+# 22. CLI
 # ============================================================================
 #
 # The only place that reads arguments, the environment and configuration files,
@@ -5483,19 +5526,20 @@ def _listeners(port: int) -> set[str]:
     return inodes
 
 
+def _name_of(pid: str) -> str:
+    with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
+        return file.read().strip()
+
+
 def port_owner(port: int) -> str:
     """Return who listens on `port`, for people; "" where that can't be told."""
     wanted = {f"socket:[{inode}]" for inode in _listeners(port)}
     for pid in os.listdir("/proc") if wanted else ():
-        try:
+        with contextlib.suppress(OSError):  # it ended, or is another user's
             folder = f"/proc/{pid}/fd"
-            if any(
-                os.readlink(f"{folder}/{fd}") in wanted for fd in os.listdir(folder)
-            ):
-                with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
-                    return f"process {pid} ({file.read().strip()})"
-        except OSError:
-            continue
+            links = {os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)}
+            if links & wanted:
+                return f"process {pid} ({_name_of(pid)})"
     lsof = shutil.which("lsof")
     if not lsof:
         return ""
