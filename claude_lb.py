@@ -2860,6 +2860,36 @@ def _start_connect(address: _Address) -> tuple[socket.socket | None, OSError]:
     return sock, OSError(code, os.strerror(code))
 
 
+def _race(
+    addresses: Iterable[_Address],
+    racing: dict[int, socket.socket],
+    until: float,
+    client: ClientConnection | None,
+) -> socket.socket:
+    """Return the first socket to be connected; `racing` holds the others."""
+    waiting = collections.deque(addresses)
+    last: OSError = TimeoutError("no answer in time")
+    while waiting or racing:
+        now = time.monotonic()
+        if now >= until:
+            raise TimeoutError("no answer in time")
+        if waiting:
+            started, last = _start_connect(waiting.popleft())
+            if started is None:
+                continue
+            racing[started.fileno()] = started
+        pause = min(until, now + SECOND_FAMILY_S) if waiting else until
+        ready = wait_ready(dict.fromkeys(racing, select.POLLOUT), pause, client)
+        for descriptor in ready:
+            sock = racing.pop(descriptor)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code == 0:
+                return sock
+            sock.close()
+            last = OSError(code, os.strerror(code))
+    raise last
+
+
 def dial(
     host: str, port: int, until: float, client: ClientConnection | None
 ) -> socket.socket:
@@ -2868,31 +2898,9 @@ def dial(
     A second address is tried 250 ms after the first, beside it, so that a dead
     family costs no more than that (RFC 8305).
     """
-    waiting = collections.deque(resolve(host, port, until, client))
     racing: dict[int, socket.socket] = {}
-    last: OSError = TimeoutError("no answer in time")
     try:
-        while waiting or racing:
-            now = time.monotonic()
-            if now >= until:
-                raise TimeoutError("no answer in time")
-            pause = until
-            if waiting:
-                sock, error = _start_connect(waiting.popleft())
-                if sock is None:
-                    last = error
-                    continue
-                racing[sock.fileno()] = sock
-                pause = min(until, now + SECOND_FAMILY_S) if waiting else until
-            ready = wait_ready(dict.fromkeys(racing, select.POLLOUT), pause, client)
-            for descriptor in ready:
-                sock = racing.pop(descriptor)
-                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if code == 0:
-                    return sock
-                sock.close()
-                last = OSError(code, os.strerror(code))
-        raise last
+        return _race(resolve(host, port, until, client), racing, until, client)
     finally:
         for sock in racing.values():
             sock.close()
