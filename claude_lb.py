@@ -2664,10 +2664,15 @@ class Relay:
         for moving in tuple(self._moving):
             if not self._call(partial(moving.sweep, self.now)):
                 moving.abort("a fault of the proxy")
-        for waiting in (self._parked, self._dismissed):
-            for client in [c for c, until in waiting.items() if until <= self.now]:
-                del waiting[client]
+        for client in [c for c, until in self._parked.items() if until <= self.now]:
+            del self._parked[client]
+            if client.buffer:
+                self._take_request(client)  # it began a head and did not end it
+            else:
                 self.close(client)
+        for client in [c for c, until in self._dismissed.items() if until <= self.now]:
+            del self._dismissed[client]
+            self.close(client)
         self._keep_house()
 
     # -- connections ---------------------------------------------------------
@@ -2713,8 +2718,12 @@ class Relay:
             self.release(client)  # its last owner must not hear of it again
             self._tasks.append(partial(self._take_request, client))
         else:
-            self._parked[client] = self.now + KEEP_ALIVE_S
-            self.watch(client, selectors.EVENT_READ, client.wake)
+            self.park(client, self.now + KEEP_ALIVE_S)
+
+    def park(self, client: ClientConnection, until: float) -> None:
+        """Wait for what a client sends; `until` is monotonic."""
+        self._parked[client] = until
+        self.watch(client, selectors.EVENT_READ, client.wake)
 
     def unpark(self, client: ClientConnection, _: int) -> None:
         """Take what a parked client has sent."""
@@ -2727,7 +2736,7 @@ class Relay:
         if client.buffer:
             self._take_request(client)
         else:
-            self._parked[client] = self.now + KEEP_ALIVE_S
+            self.park(client, self.now + KEEP_ALIVE_S)
 
     def drain(self) -> None:
         """Close idle clients now, and others when their exchange is over."""
@@ -4443,6 +4452,9 @@ class Reception:
 
     def take(self, client: ClientConnection) -> None:
         """Begin the request in a client's buffer, or have a worker see to it."""
+        if b"\r\n\r\n" not in client.buffer and self._may_wait(client):
+            self._services.relay.park(client, client.since + HEAD_S)
+            return
         try:
             forwarded = self._forwarded(client)
         except Exception:  # noqa: BLE001 - a worker meets it again, and may answer it
@@ -4456,6 +4468,13 @@ class Reception:
         except RuntimeError as error:
             self._services.log.write("error", f"a request gets 503: {error}")
             client.close_after(busy_answer(str(error)))
+
+    def _may_wait(self, client: ClientConnection) -> bool:
+        """Tell whether a head is only incomplete: neither bad, long nor late."""
+        buffer = client.buffer
+        in_time = self._services.relay.now < client.since + HEAD_S
+        short = len(buffer) < MEMO_HEAD_BYTES
+        return in_time and short and not suspicious_start(buffer)
 
     def _forwarded(self, client: ClientConnection) -> tuple[ClientRequest, int] | None:
         """Take the head of a request for an endpoint out of a client's buffer.
@@ -4567,7 +4586,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One request in a worker's thread: one that is for us, slow or bad.
 
     Requests for an endpoint are taken by the relay's thread without it, but for
-    heads that trickle in and chunked bodies.
+    those with long heads or chunked bodies.
     """
 
     server: Server
