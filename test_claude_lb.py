@@ -4985,8 +4985,11 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "ca.cnf").write_text(
         "[ca]\ndefault_ca=d\n[d]\ndatabase=index\nserial=serial\nnew_certs_dir=.\n"
         "default_md=sha256\npolicy=p\nunique_subject=no\ncopy_extensions=copy\n"
+        "x509_extensions=leaf\n[leaf]\nauthorityKeyIdentifier=keyid\n"
         "[p]\ncommonName=supplied\n"
         "[req]\ndistinguished_name=n\n[n]\n[v3]\nbasicConstraints=critical,CA:TRUE\n"
+        # Python 3.13 looks for these (X509_V_FLAG_X509_STRICT)
+        "keyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n"
     )
     (folder / "index").touch()
     (folder / "serial").write_text("1000\n")
