@@ -225,7 +225,6 @@ class Phase(Enum):
     CONNECT = "connect"
     SEND = "send"
     WAIT = "wait"
-    RELAY = "relay"
 
 
 class ProxyError(Exception):

@@ -6794,6 +6794,55 @@ class TestStop:
         assert process.exit_code() == 0
 
 
+# -- what the node balancer gets wrong -------------------------------------
+
+
+class TestFailuresReproducedElsewhere:
+    """R1 to R5: what users of the balancer before this one met."""
+
+    def test_r1_a_limited_stream_is_told_so_at_once(self, lab: Lab) -> None:
+        error = {"type": "rate_limit_error", "message": "slow down"}
+        body = json.dumps({"type": "error", "error": error}).encode()
+        up = lab.upstream(lambda wire, _: wire.answer(429, body, "retry-after: 7"))
+        answer = lab.proxy(up).post(message(stream=True))
+        assert (answer.status, answer.body) == (429, body)
+        assert answer.field("retry-after") == "7"
+
+    def test_r2_a_stream_to_a_closed_port_is_502_and_no_hang(self, lab: Lab) -> None:
+        client = lab.proxy(lab.refusing()).client()
+        client.sock.settimeout(PROMPT_S)
+        own_error(client.post(message(stream=True)).answer(), 502, "api_error")
+
+    def test_r3_a_cut_stream_is_broken_and_not_ended_well(self, lab: Lab) -> None:
+        def answering(wire: Wire, _: Received) -> None:
+            wire.stream(START, end=False)
+            raise HungUpError
+
+        client = lab.proxy(lab.upstream(answering)).client().post(message(stream=True))
+        client.head()
+        assert client.until(START) == START
+        client.cut()
+        assert client.raw_bytes
+        assert b"event: error" not in client.unread()
+
+    def test_r4_query_and_betas_reach_the_upstream(self, lab: Lab) -> None:
+        up = lab.upstream()
+        beta = "anthropic-beta: a-2025-01-01,b-2026-02-02"
+        lab.proxy(up).ask("POST", "/v1/messages?beta=true", message(), beta)
+        assert up.requests[0].target == "/v1/messages?beta=true"
+        assert up.requests[0].values("anthropic-beta") == ["a-2025-01-01,b-2026-02-02"]
+
+    def test_r5_bad_json_is_answered_by_the_upstream_in_its_own_words(
+        self, lab: Lab
+    ) -> None:
+        error = {"type": "invalid_request_error", "message": "not JSON"}
+        body = json.dumps({"type": "error", "error": error}).encode()
+        up = lab.upstream(lambda wire, _: wire.answer(400, body))
+        answer = lab.proxy(up).post(b'{"model": ')
+        assert (answer.status, answer.body) == (400, body)
+        assert up.requests[0].body == b'{"model": '
+
+
 # ============================================================================
 # 3. CLIENTS
 # ============================================================================
