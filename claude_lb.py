@@ -2542,7 +2542,7 @@ class Connection(Protocol):
 
 
 class Moving(Protocol):
-    """Something under way that has limits of time: an Attempt or a Stream."""
+    """Something under way with limits of time: an Upload, an Attempt, a Stream."""
 
     def sweep(self, now: float) -> None:
         """Enforce the limits; `now` is monotonic."""
@@ -2612,7 +2612,7 @@ class Relay:
             except Exception:  # noqa: BLE001 - the loop outlives any fault
                 self._log.fault("relay: a fault in the loop")
         for moving in tuple(self._moving):
-            moving.abort("the proxy was stopped")
+            self._call(partial(moving.abort, "the proxy was stopped"))
         self._ended = True
         self._do_tasks()
         for one in (self._selector, self._waker, self._woken):
