@@ -273,10 +273,11 @@ class UpstreamError(ProxyError):
 
     `timed_out` and `certificate` name the evidence; `reused` says that the
     connection had served before; `local` that the fault is our own process's
-    (no descriptors left) and says nothing about the endpoint.
+    (no descriptors left) and says nothing about the endpoint; `settled` that
+    asking again would bring the same.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the facts of a failure, all by name
         self,
         phase: Phase,
         message: str,
@@ -285,6 +286,7 @@ class UpstreamError(ProxyError):
         certificate: bool = False,
         reused: bool = False,
         local: bool = False,
+        settled: bool = False,
     ) -> None:
         super().__init__(message)
         self.phase = phase
@@ -293,6 +295,7 @@ class UpstreamError(ProxyError):
         self.certificate = certificate
         self.reused = reused
         self.local = local
+        self.settled = settled
 
 
 # Source: the error table of the Messages API; 500 keeps the name that users of the
@@ -480,6 +483,8 @@ class RequestHead:
     #: Sec-Fetch-Mode, but no Sec-Fetch-Site.)
     browser: bool
     lane: Lane
+    #: Short enough for what is derived from it to be kept.
+    memo: bool
 
 
 class ClientRequest(NamedTuple):
@@ -854,7 +859,10 @@ def _read_token(
             return None
         text = (source.variable(name) or "").strip()
         if not text:
-            faults.add(where, f"the environment has no {name}")
+            # What does not look like a variable's name may be the token itself
+            plain = re.fullmatch(r"[A-Z]+(?:_[A-Z0-9]+)+", name) and len(name) <= 40
+            shown = name if plain else "variable of that name"
+            faults.add(where, f"the environment has no {shown}")
             return None
     if "token_command" in raw:
         where = f"{path}.authTokenCommand"
@@ -1269,6 +1277,7 @@ def _parse_shape(shape: bytes) -> RequestHead:
         expects=bool(expect) and modern,
         browser=b"origin" in values or b"sec-fetch-site" in values,
         lane=lane_of(method, path),
+        memo=len(shape) <= MEMO_HEAD_BYTES,
     )
 
 
@@ -1771,10 +1780,13 @@ class Access:
         self._passes_credentials = passes_credentials
         self._hosts = _own_hosts(settings, port)
         self._keys = [_digest(k.reveal()) for k in settings.client_keys]
-        self.admit = lru_cache(maxsize=256)(self._admit)
+        self._admit_memo = lru_cache(maxsize=256)(self._admit)
+
+    def admit(self, head: RequestHead) -> Admission:
+        """Return what comes with a request; raises RefusedError."""
+        return self._admit_memo(head) if head.memo else self._admit(head)
 
     def _admit(self, head: RequestHead) -> Admission:
-        """Return what comes with the request; raises RefusedError."""
         if not head.host:
             raise RefusedError(400, "a request needs a Host field")
         if not self.is_own_host(head.host):
@@ -2023,12 +2035,7 @@ def judge(error: UpstreamError, lane: Lane, method: str) -> Verdict:
             return Verdict.FRESH
         return Verdict.GIVE_UP if lane is Lane.FIXED else Verdict.ANOTHER
     repeatable = lane is Lane.COUNT or method in ("GET", "HEAD")
-    if (
-        error.phase is Phase.WAIT
-        and error.reused
-        and repeatable
-        and not error.timed_out
-    ):
+    if error.reused and repeatable and not error.timed_out:
         return Verdict.FRESH
     return Verdict.GIVE_UP
 
@@ -2045,7 +2052,7 @@ def refusal_for(error: UpstreamError, tried: Sequence[Endpoint]) -> RefusedError
         fields = (("Retry-After", str(RETRY_AFTER_S)),)
         return RefusedError(503, message, fields=fields, close=False)
     retry: tuple[tuple[str, str], ...] = ()
-    if error.phase is Phase.WAIT:
+    if error.phase is Phase.WAIT and not error.settled:
         retry = (("x-should-retry", "true"),)
     status = 408 if error.timed_out and error.phase is Phase.WAIT else 502
     return RefusedError(status, message, fields=retry, close=False)
@@ -2081,6 +2088,19 @@ def level_of(outcome: Outcome) -> str:
     return "info" if outcome in (Outcome.OK, Outcome.CLIENT_CANCELLED) else "warn"
 
 
+def _standard_error() -> int:
+    """Return a descriptor for the standard error stream.
+
+    A terminal is opened anew, so that making it non-blocking is our affair alone:
+    one that was stopped (Ctrl-S) would stop the relay's thread.
+    """
+    if os.isatty(2):
+        with contextlib.suppress(OSError):
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            return os.open(os.ttyname(2), flags)
+    return 2
+
+
 class Log:
     """Writes lines to a file descriptor.  Shared by all threads."""
 
@@ -2098,7 +2118,7 @@ class Log:
         self._threshold = LEVELS[settings.level]
         self.detail = "info" if settings.lifecycle else "debug"
         self._lock = threading.Lock()  # guards the order of lines and _fd
-        self._fd = self._open() if self._path else 2
+        self._fd = self._open() if self._path else _standard_error()
 
     def _open(self) -> int:
         """Open the log file, never through a link; raises OSError."""
@@ -2178,14 +2198,15 @@ class Log:
         data = line.encode("utf-8", "backslashreplace") + b"\n"
         try:
             with self._lock:
-                if self._path is None and not self._room():
-                    return  # a stopped terminal or reader costs lines, never a stream
-                os.write(self._fd, data)
+                for start in range(0, len(data), select.PIPE_BUF):
+                    if self._path is None and not self._room():
+                        return  # who does not read costs lines, never a stream
+                    os.write(self._fd, data[start : start + select.PIPE_BUF])
         except OSError:
             return  # a full disk costs lines, never a request
 
     def _room(self) -> bool:
-        """Tell whether a pipe or terminal takes a line now."""
+        """Tell whether a pipe takes PIPE_BUF bytes now; a terminal does not block."""
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
         return bool(poll.poll(0))
@@ -2389,10 +2410,10 @@ class ClientConnection:
         self.mask = 0
         self.owner: Callable[[int], None] = _nobody
         self.wake: Callable[[int], None] = _nobody
-        self._registry = registry
-        registry.add(self)
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._registry = registry
+        registry.add(self)
 
     def _receive(self) -> bool:
         """Append what is there to `buffer`; return whether anything was."""
@@ -2412,6 +2433,14 @@ class ClientConnection:
     def may_read_ahead(self) -> bool:
         """Tell whether there is room for what a client sends before its turn."""
         return len(self.buffer) < PIPELINE_BYTES
+
+    def is_gone(self) -> bool:
+        """Tell whether a client that is not read any further has hung up."""
+        if self.may_read_ahead():
+            return False
+        poll = select.poll()
+        poll.register(self.descriptor, getattr(select, "POLLRDHUP", 0))
+        return bool(poll.poll(0))
 
     def read_ahead(self) -> None:
         """Keep what the client sends while it is served; raises ClientGoneError."""
@@ -2595,6 +2624,10 @@ class Relay:
             self._waker.send(b"\0")
         return True
 
+    def is_moving(self) -> bool:
+        """Tell whether anything is under way."""
+        return bool(self._moving)
+
     def stop(self) -> None:
         """Abort what still runs and end the thread."""
         self._stopped = True
@@ -2632,7 +2665,7 @@ class Relay:
         return True
 
     def _turn(self) -> None:
-        ready = self._selector.select(SWEEP_S)
+        ready = self._selector.select(0 if self._tasks else SWEEP_S)
         self.now = time.monotonic()
         for key, mask in ready:
             connection = key.data
@@ -2713,10 +2746,12 @@ class Relay:
         """Go on with a client whose request is answered, or who is new."""
         if self._draining:
             self.close(client)
-        elif client.buffer:
+        elif client.buffer.strip(CRLF):
+            client.since = self.now  # it may have waited long behind an answer
             self.release(client)  # its last owner must not hear of it again
             self._tasks.append(partial(self._take_request, client))
         else:
+            client.buffer = b""  # an empty line between requests is none
             self.park(client, self.now + KEEP_ALIVE_S)
 
     def park(self, client: ClientConnection, until: float) -> None:
@@ -2756,12 +2791,14 @@ class Relay:
             self.close(client)
             return
         self._dismissed[client] = self.now + CLOSE_S
-        self.watch(client, selectors.EVENT_READ, partial(self._discard, client))
+        discard = partial(self._discard, client, self.now + BODY_STALL_S)
+        self.watch(client, selectors.EVENT_READ, discard)
 
-    def _discard(self, client: ClientConnection, _: int) -> None:
-        """Throw away what a dismissed client still sends."""
+    def _discard(self, client: ClientConnection, until: float, _: int) -> None:
+        """Throw away what a dismissed client still sends; it may do so for a while."""
         try:
             if client.sock.recv(READ_BYTES):
+                self._dismissed[client] = min(self.now + CLOSE_S, until)
                 return
         except BlockingIOError:
             return
@@ -2797,6 +2834,8 @@ def _failed(phase: Phase, endpoint: Endpoint, error: Exception) -> UpstreamError
         return UpstreamError(phase, f"{endpoint.name}: {text}", certificate=True)
     if isinstance(error, ssl.SSLError):
         why = f"TLS: {error.reason or error}"
+        if error.reason == "WRONG_VERSION_NUMBER":
+            why = "it does not speak TLS there: is its baseURL http?"
     verb = {Phase.CONNECT: "cannot connect to", Phase.SEND: "cannot send to"}
     text = f"{verb.get(phase, 'lost the connection to')} {endpoint.authority}: {why}"
     return UpstreamError(phase, f"{endpoint.name}: {text}")
@@ -2827,7 +2866,10 @@ def resolve(
         return [(family, (host, port))]
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     args = (host, port, answers)
-    threading.Thread(target=_lookup, args=args, name="dns", daemon=True).start()
+    try:
+        threading.Thread(target=_lookup, args=args, name="dns", daemon=True).start()
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, str(error)) from error
     found: Any = None
     while found is None:
         with contextlib.suppress(queue.Empty):
@@ -2993,7 +3035,7 @@ class UpstreamConnection(http.client.HTTPConnection):
                 answer = self.final_head("CONNECT")
             except (ValueError, OverflowError) as error:
                 raise ConnectionError(f"its proxy's answer: {error}") from error
-        if answer.status != 200 or self.buffer:
+        if answer.status >= 300 or self.buffer:
             raise ConnectionError(f"its proxy refuses to connect: {answer.status}")
 
     def _handshake(
@@ -3337,8 +3379,9 @@ class Attempt:
             data = self.upstream.receive() if mask & selectors.EVENT_READ else None
             if data is None:
                 if self._rest and mask & selectors.EVENT_WRITE:
-                    self._send_more()
-                return
+                    data = self._send_more()
+                if data is None:
+                    return
         except OSError as error:
             self._lost(phase, error)
             return
@@ -3351,12 +3394,20 @@ class Attempt:
             where = "in the middle of a head" if self.upstream.buffer else "unanswered"
             self._lost(phase, ConnectionError(f"the upstream closed it {where}"))
 
-    def _send_more(self) -> None:
-        self._rest = self._rest[self.upstream.send_some(self._rest) :]
+    def _send_more(self) -> bytes | None:
+        """Send on; where that fails, return the answer that may be there already."""
+        try:
+            self._rest = self._rest[self.upstream.send_some(self._rest) :]
+        except OSError:
+            data = self.upstream.receive()
+            if not data:
+                raise
+            return data
         self._since = self._relay.now
         if not self._rest:
             self.upstream.whole = True
             self._watch()
+        return None
 
     def _read_on(self) -> None:
         """Look for the final answer's head in what has come; skip interim ones."""
@@ -3408,13 +3459,17 @@ class Attempt:
 
     def _end_gathering(self, *, complete: bool) -> None:
         self._relay.leave(self)
+        self._reader = None
         if self._answer is not None:
             body = self._body if complete else None
             self._caller.gathered(self.upstream, self._answer, body)
 
     def sweep(self, now: float) -> None:
         """Enforce the limits of sending and of waiting for the head."""
-        if self._rest and now - self._since > SEND_STALL_S:
+        if self.client.is_gone():
+            self._leave()
+            self._caller.gone("the client closed the connection")
+        elif self._rest and now - self._since > SEND_STALL_S:
             self._lost(
                 Phase.SEND, TimeoutError(f"it took no byte for {SEND_STALL_S:g} s")
             )
@@ -3671,14 +3726,18 @@ class Stream:
                 sent = self.client.send_some(self._backlog)
                 self.sent_bytes += sent
                 self._backlog = self._backlog[sent:]
-                self._client_at = self._relay.now
+                # While we did not read, the upstream was not silent
+                self._client_at = self._upstream_at = self._relay.now
         except ClientGoneError as error:
             self._hang_up(str(error))
         self._go_on()
 
     def sweep(self, now: float) -> None:
         """Enforce the limits of time, and break a long silence with a ping."""
-        if self._backlog:
+        if self.client.is_gone():
+            self._hang_up("the client closed the connection")
+            self._go_on()
+        elif self._backlog:
             if now - max(self._client_at, self._said_at) > CLIENT_STALL_S:
                 self._hang_up("the client stopped reading")
                 self._go_on()
@@ -3729,7 +3788,8 @@ class Stream:
 # reserve, attempt, judge, commit.  Whatever happens, `_end` runs exactly once.
 
 _RESULTS_URL = re.compile(
-    rb'("results_url"\s*:\s*")https?://[^"/\\]+[^"\\]*?(/v1/messages/batches/[^"\\]*")'
+    rb'("results_url"\s*:\s*")https?://[^"\\]{1,2048}?'
+    rb'(/v1/messages/batches/[^"\\]{0,512}")'
 )
 _FAILING = frozenset((401, 402, 403, 429))
 
@@ -3921,6 +3981,8 @@ class Commit:
         self._over(ending)
         if keep:
             relay.next_request(self._client)
+        elif self._client.buffer and ending.outcome is Outcome.OK:
+            relay.dismiss(self._client)  # a close would destroy the answer's tail
         else:
             relay.release(self._client)
             self._client.close(reset=reset)
@@ -4009,6 +4071,7 @@ class Exchange:
             self._send(upstream)
             return
         services.relay.release(self._client)
+        services.relay.enter(self)  # so that a stop finds it
         try:
             services.work(partial(self._connect, endpoint))
         except RuntimeError as error:
@@ -4031,7 +4094,19 @@ class Exchange:
                 upstream.close()  # the proxy has stopped meanwhile
 
     @_guarded
+    def sweep(self, now: float) -> None:
+        """See Moving: connecting has limits of its own."""
+
+    def abort(self, reason: str) -> None:
+        """See Moving: while a worker connects."""
+        self._services.relay.leave(self)
+        self.broken(reason)
+
     def _send(self, upstream: UpstreamConnection) -> None:
+        self._services.relay.leave(self)
+        if self._over:
+            self._services.relay.close(upstream)
+            return
         request = self._request
         within_s = self._services.config.timeouts.first_byte_s
         head = self._upstream_head(upstream.endpoint)
@@ -4041,6 +4116,9 @@ class Exchange:
     @_guarded
     def failed(self, error: UpstreamError) -> None:
         """Do what `judge` says after an attempt without an answer; see Caller."""
+        self._services.relay.leave(self)
+        if self._over:
+            return
         endpoint, services = self._order[self._position], self._services
         self._settle(answering=None if error.local else False, why=error.message)
         verdict = judge(error, self._lane, self._request.head.method)
@@ -4063,6 +4141,9 @@ class Exchange:
     @_guarded
     def gone(self, reason: str) -> None:
         """Stop: the client has hung up; see Caller."""
+        self._services.relay.leave(self)
+        if self._over:
+            return
         self._settle(answering=None)
         self._end(0, Outcome.CLIENT_CANCELLED, reason)
         self._services.relay.close(self._client)
@@ -4102,7 +4183,8 @@ class Exchange:
     def _upstream_head(self, endpoint: Endpoint) -> bytes:
         """Return the whole head of the request to `endpoint`."""
         request = self._request
-        start = upstream_head(
+        make = upstream_head if request.head.memo else upstream_head.__wrapped__
+        start: bytes = make(
             request.head, endpoint, self._services.via, request.credentials
         )
         if request.body or request.head.method in ("POST", "PUT", "PATCH"):
@@ -4125,6 +4207,7 @@ class Exchange:
                     f"{upstream.endpoint.name} answered with a web page, not a message:"
                     " is its baseURL right, or is a login page of the network in"
                     " between?",
+                    settled=True,
                 )
             )
         elif self._must_edit(answer, self._request.head.path):
@@ -4376,49 +4459,48 @@ class Upload:
         self._budget = budget
         self._ended = ended
         self._since = relay.now  # of the last byte
-        self._filled = 0
         self.body = bytearray()
-        #: Bytes that count against the budget.
+        #: Bytes of it that have come, which count against the budget.
         self.held = 0
 
     def begin(self) -> None:
         """Take what is there, and wait for the rest."""
         self._relay.enter(self)
         first, self._client.buffer = self._client.buffer, b""
+        # Pages that nothing was written to take no memory
+        self.body = bytearray(min(BODY_STEP_BYTES, self._length))
+        self.body[: len(first)] = first
         try:
-            self._grow(max(len(first), min(BODY_STEP_BYTES, self._length)))
+            self._count(len(first))
         except RefusedError as refusal:
             self._end(refusal)
             return
-        self.body[: len(first)] = first
-        self._filled = len(first)
         self._relay.watch(self._client, selectors.EVENT_READ, self.on_client)
 
-    def _grow(self, size: int) -> None:
+    def _count(self, size: int) -> None:
+        """Count bytes that have come; raises RefusedError where there is no room."""
         self._budget.take(size)
         self.held += size
-        if self.body:
-            self.body.extend(bytes(size))
-        else:
-            self.body = bytearray(size)  # 15 us less than extending, at 200 KB
+        self._since = self._relay.now
 
     def on_client(self, _: int) -> None:
         """Read what is there."""
         try:
             with memoryview(self.body) as view:
-                count = self._client.sock.recv_into(view[self._filled :])
-            self._filled += count
+                count = self._client.sock.recv_into(view[self.held :])
             if not count:
                 raise ClientGoneError("the client closed before its request was whole")
-            if self._filled == self._length:
-                self._end(None)
-            elif self._filled == len(self.body):
-                self._grow(min(BODY_STEP_BYTES, self._length - self._filled))
+            self._count(count)
         except BlockingIOError:
             return
         except (OSError, ProxyError) as error:
             self._end(error)
-        self._since = self._relay.now
+            return
+        if self.held == self._length:
+            self._end(None)
+        elif self.held == len(self.body):
+            left = self._length - self.held
+            self.body.extend(bytes(min(BODY_STEP_BYTES, left)))
 
     def sweep(self, now: float) -> None:
         """See Moving."""
@@ -4857,6 +4939,8 @@ class Server(http.server.ThreadingHTTPServer):
             ),
         )
         self.connections: set[ClientConnection] = set()
+        #: Those beyond the cap, for as long as they read why.
+        self.leaving: set[ClientConnection] = set()
         self._ids = itertools.count(1)
         self._draining = False
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
@@ -4937,6 +5021,8 @@ class Server(http.server.ThreadingHTTPServer):
                 continue  # it went away before it was accepted, or was turned away
             try:
                 self.process_request(sock, address)
+            except OSError:
+                sock.close()  # it has gone already
             except Exception:  # noqa: BLE001 - the next one must get in
                 self.log.fault("a fault while accepting")
                 sock.close()
@@ -4966,7 +5052,13 @@ class Server(http.server.ThreadingHTTPServer):
         if len(self.connections) >= self.config.server.max_connections:
             text = "this proxy has as many connections as it may have"
             self._log_full(f"{text}: more get 503 (server.maxConnections)")
-            _turn_away(request, text)
+            client = ClientConnection(request, str(client_address[0]), self.leaving)
+            with contextlib.suppress(ClientGoneError):
+                client.send_some(busy_answer(text))
+            if len(self.leaving) < ACCEPTS:
+                self.relay.dismiss(client)
+            else:
+                client.close()
             return
         client = ClientConnection(request, str(client_address[0]), self.connections)
         client.wake = partial(self.relay.unpark, client)
@@ -5035,7 +5127,7 @@ class Server(http.server.ThreadingHTTPServer):
         until = time.monotonic() + grace_s
         pool, pause = self.services.pool, threading.Event()
         while time.monotonic() < until and (
-            pool.snapshot().in_flight or self.workers.busy
+            pool.snapshot().in_flight or self.workers.busy or self.relay.is_moving()
         ):
             pause.wait(0.05)
         self.relay.tell(self.services.upstreams.close)
@@ -5601,24 +5693,25 @@ def _raise_limits() -> None:
     """Allow as many descriptors as we may need; keep secrets out of core dumps."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240)
-    try:
-        if soft < wanted:
+    core = (0, resource.getrlimit(resource.RLIMIT_CORE)[1])
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, core)
+    if soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # what we have must do
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        resource.setrlimit(
-            resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1])
-        )
-    except (OSError, ValueError):
-        pass  # what we have must do
 
 
 def _announce(server: Server, config: Config) -> None:
     """Say where we listen, what is served, and what to do next."""
-    print(f"{PROXY_NAME} {VERSION} listens on {server.url}")
-    print(describe(dataclasses.replace(config, server=dataclasses.replace(
-        config.server, port=server.port))))  # fmt: skip
-    for warning in config.warnings:
-        print(f"warning: {warning}")
-    print(f"export ANTHROPIC_BASE_URL={server.url}", flush=True)
+    bound = dataclasses.replace(config.server, port=server.port)
+    lines = [f"{PROXY_NAME} {VERSION} listens on {server.url}"]
+    lines.append(describe(dataclasses.replace(config, server=bound)))
+    lines += [f"warning: {warning}" for warning in config.warnings]
+    lines.append(f"export ANTHROPIC_BASE_URL={server.url}")
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError:  # nobody reads it; nor is anybody to be told so at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def cmd_serve(config: Config) -> int:

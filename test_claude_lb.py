@@ -2611,10 +2611,6 @@ class TestFailoverJudge:
             got = verdict(Phase.WAIT, lane, method, reused=True, timed_out=True)
             assert got is Verdict.GIVE_UP
 
-    def test_a_cut_after_the_commit_is_never_repeated(self) -> None:
-        for lane, reused in itertools.product(Lane, (False, True)):
-            assert verdict(Phase.RELAY, lane, "GET", reused=reused) is Verdict.GIVE_UP
-
     @pytest.mark.parametrize("phase", list(Phase))
     def test_a_fault_of_our_own_gives_up(self, phase: Phase) -> None:
         assert verdict(phase, local=True) is Verdict.GIVE_UP
