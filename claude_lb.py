@@ -5134,8 +5134,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.relay.stop()
         for client in tuple(self.connections):
             client.close()
-        if self._spare is not None:
-            os.close(self._spare)
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            os.close(spare)
 
 
 _ACCEPT_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)

@@ -6839,6 +6839,124 @@ class TestFailuresReproducedElsewhere:
         assert up.requests[0].body == b'{"model": '
 
 
+# -- what a hostile reading found ------------------------------------------
+
+
+class TestHardCases:
+    def test_a_standard_error_that_nobody_reads_stops_nothing(self, lab: Lab) -> None:
+        command = [sys.executable, claude_lb.__file__, "--demo", "--port", "0"]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout is not None
+            said = next(line for line in process.stdout if line.startswith("export"))
+            client = lab.client(int(said.rpartition(":")[2]))
+            client.sock.settimeout(PROMPT_S)
+            for number in range(60):
+                target = f"/v1/{number}{'x' * 12_000}"
+                answer = client.ask("GET", target, counts=0).answer()
+                assert answer.status == 404
+        finally:
+            process.kill()
+            process.communicate()
+
+    def test_a_results_url_without_end_costs_no_other_client_its_time(
+        self, lab: Lab
+    ) -> None:
+        body = b'{"results_url":"http://' + b"a" * 200_000 + b'"}'
+        proxy = lab.proxy(lab.upstream(lambda wire, _: wire.answer(200, body)))
+        client = proxy.client()
+        client.sock.settimeout(PROMPT_S)
+        path = "/v1/messages/batches/msgbatch_1"
+        assert client.ask("GET", path).answer().body == body
+
+    def test_a_stop_waits_for_a_body_that_is_on_its_way(self, lab: Lab) -> None:
+        proxy, body = lab.proxy(lab.upstream()), message(text="x" * 300_000)
+        client = proxy.client()
+        client.ask("POST", "/v1/messages", body[:1000], f"Content-Length: {len(body)}")
+        moving = proxy.server.relay.is_moving
+        eventually(moving, "the upload begins", PROMPT_S)
+        lab.thread(lambda: proxy.server.stop(grace_s=BOUND_S))
+        eventually(proxy.server.draining, "the stop begins", PROMPT_S)
+        client.send(body[1000:], counts=0)
+        assert client.answer().status == 200
+
+    def test_those_beyond_the_cap_can_read_why(self, lab: Lab) -> None:
+        proxy = lab.proxy(lab.upstream(), server={"maxConnections": 1})
+        held = proxy.client()
+        assert held.ask("HEAD", "/", counts=0).answer("HEAD").status == 200
+        for _ in range(30):
+            answer = proxy.ask("POST", "/v1/messages", message(), counts=0)
+            assert answer.status == 503
+
+    def test_large_heads_are_not_kept(self, lab: Lab) -> None:
+        proxy = lab.proxy(lab.upstream())
+        kept = claude_lb.upstream_head.cache_info().currsize
+        for number in range(3):
+            field = f"x-large: {number}{'y' * 60_000}"
+            assert proxy.post(message(), field).status == 200
+        assert claude_lb.upstream_head.cache_info().currsize == kept
+        assert proxy.server.access._admit_memo.cache_info().currsize == 0
+
+    def test_a_client_that_has_sent_much_ahead_is_seen_to_hang_up(
+        self, lab: Lab
+    ) -> None:
+        gone = threading.Event()
+
+        def script(wire: Wire) -> None:
+            wire.request()
+            wire.wait_closed()
+            gone.set()
+            raise HungUpError
+
+        client = lab.proxy(lab.raw(script)).client().post()
+        client.send(b"POST /v1/messages HTTP/1.1\r\n" + b"x" * 150_000, counts=0)
+        client.close()
+        assert gone.wait(PROMPT_S), "the upstream goes on for nobody"
+
+    def test_announced_bodies_take_no_room_from_others(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        starts = claude_lb.BodyBudget.__init__
+        monkeypatch.setattr(starts, "__defaults__", (1024 * 1024,))
+        proxy = lab.proxy(lab.upstream())
+        for _ in range(8):
+            client = proxy.client()
+            client.ask("POST", "/v1/messages", b"x", "Content-Length: 1000000")
+        moving = proxy.server.relay._moving
+        eventually(lambda: len(moving) == 8, "the uploads begin", PROMPT_S)
+        assert proxy.post(message(text="x" * 200_000)).status == 200
+
+    def test_an_empty_line_after_a_request_is_no_request(self, lab: Lab) -> None:
+        proxy = lab.proxy(lab.upstream())
+        client = proxy.client()
+        for _ in range(3):
+            client.post()
+            client.send(b"\r\n", counts=0)
+            assert client.answer().status == 200
+        assert len(proxy.rows(3)) == 3
+
+    def test_an_early_answer_over_tls_reaches_a_long_upload(
+        self, lab: Lab, certificates: Path
+    ) -> None:
+        def script(wire: Wire) -> None:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += wire.sock.recv(4096)
+            wire.answer(413, b"{}", "connection: close")
+            wire.wait_closed()
+            raise HungUpError
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificates / "good.pem", certificates / "good.key")
+        up = lab.raw(script, tls=context)
+        ca = str(certificates / "ca.pem")
+        proxy = lab.proxy({"baseURL": up.url, "authToken": up.token, "caFile": ca})
+        for _ in range(5):
+            assert proxy.post(b"x" * 4_000_000).status == 413
+
+
 # ============================================================================
 # 3. CLIENTS
 # ============================================================================
