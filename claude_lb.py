@@ -2746,12 +2746,12 @@ class Relay:
         """Go on with a client whose request is answered, or who is new."""
         if self._draining:
             self.close(client)
-        elif client.buffer.strip(CRLF):
+        elif client.buffer not in (b"", CRLF):
             client.since = self.now  # it may have waited long behind an answer
             self.release(client)  # its last owner must not hear of it again
             self._tasks.append(partial(self._take_request, client))
         else:
-            client.buffer = b""  # an empty line between requests is none
+            client.buffer = b""  # RFC 9112 section 2.2: an empty line is no request
             self.park(client, self.now + KEEP_ALIVE_S)
 
     def park(self, client: ClientConnection, until: float) -> None:
@@ -2767,6 +2767,8 @@ class Relay:
         except ClientGoneError:
             self.close(client)
             return
+        if client.buffer == CRLF:
+            client.buffer = b""  # RFC 9112 section 2.2: an empty line is no request
         if client.buffer:
             self._take_request(client)
         else:
