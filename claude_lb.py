@@ -3915,11 +3915,14 @@ class Commit:
     def _tell_chunk(self, size: int) -> None:
         self._services.log.write("debug", f"{self._request.id} relays", bytes=size)
 
-    def _begin_stream(self, delivery: Delivery, start: bytes, data: bytes) -> None:
+    def _begin_stream(
+        self, delivery: Delivery, start: bytes, data: bytes, sent: int = 0
+    ) -> None:
         relay = self._services.relay
         self._stream = Stream(
             relay, self._client, self._upstream, delivery, self._stream_ended
         )
+        self._stream.sent_bytes = sent
         self._stream.begin(start, data)
 
     def _send_whole(self, start: bytes, body: bytes, *, keep: bool) -> None:
@@ -3949,7 +3952,7 @@ class Commit:
             idle_s=self._services.config.timeouts.idle_s,
             trace=None,
         )
-        self._begin_stream(rest, b"", data[sent:])
+        self._begin_stream(rest, b"", data[sent:], sent)
 
     def _ending(self, outcome: Outcome, reason: str, sent: int) -> Ending:
         return Ending(self._answer.status, outcome, reason, sent)
@@ -4095,15 +4098,14 @@ class Exchange:
             if not services.relay.tell(partial(self._send, upstream)):
                 upstream.close()  # the proxy has stopped meanwhile
 
-    @_guarded
     def sweep(self, now: float) -> None:
         """See Moving: connecting has limits of its own."""
 
     def abort(self, reason: str) -> None:
         """See Moving: while a worker connects."""
-        self._services.relay.leave(self)
         self.broken(reason)
 
+    @_guarded
     def _send(self, upstream: UpstreamConnection) -> None:
         self._services.relay.leave(self)
         if self._over:
@@ -4173,6 +4175,9 @@ class Exchange:
 
     def broken(self, reason: str) -> None:
         """Stop: the proxy cannot go on; see Caller."""
+        self._services.relay.leave(self)
+        if self._over:
+            return
         services = self._services
         self._settle(answering=None)
         status, text = 500, f"{reason}; its log tells more under {self._request.id}"
