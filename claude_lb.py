@@ -2196,14 +2196,16 @@ class Log:
 
     def _write(self, line: str) -> None:
         data = line.encode("utf-8", "backslashreplace") + b"\n"
-        try:
-            with self._lock:
-                for start in range(0, len(data), select.PIPE_BUF):
-                    if self._path is None and not self._room():
-                        return  # who does not read costs lines, never a stream
-                    os.write(self._fd, data[start : start + select.PIPE_BUF])
-        except OSError:
-            return  # a full disk costs lines, never a request
+        # A full disk costs lines, never a request
+        with contextlib.suppress(OSError), self._lock:
+            self._pour(data)
+
+    def _pour(self, data: bytes) -> None:
+        """Write in pieces that a pipe takes at once; who does not read loses lines."""
+        for start in range(0, len(data), select.PIPE_BUF):
+            if self._path is None and not self._room():
+                return
+            os.write(self._fd, data[start : start + select.PIPE_BUF])
 
     def _room(self) -> bool:
         """Tell whether a pipe takes PIPE_BUF bytes now; a terminal does not block."""
