@@ -2,10 +2,10 @@
 """claude_lb: one address in front of several Claude endpoints, in one file.
 
 Life of a request
-    Server.accept_waiting -> Relay.unpark -> Reception.take (a request that is slow,
-    bad or for us: Handler, in a worker) -> parse_request_head -> Access.admit
-    -> Exchange.start -> Pool.reserve -> Upstreams.take, or connect in
-    a worker -> Attempt -> judge -> Stream -> Pool.settle, one log line, next request.
+    Server.accept_waiting -> Relay.unpark -> Reception.take (what is chunked, bad or
+    for us goes to a Handler, in a worker) -> parse_request_head -> Access.admit
+    -> Upload -> Exchange.start -> Pool.reserve -> Upstreams.take, or connect in a
+    worker -> Attempt -> judge -> Commit, Stream -> Pool.settle, one log line.
 
     The moment the first answer byte goes to the client is the commit.  Before it
     another endpoint may still serve the request; after it nothing is replayed.
@@ -14,8 +14,8 @@ Threads
     relay       Relay.run: one selector.  Whatever only waits for bytes waits here:
                 the listening socket, idle clients, requests on their way, answers
                 being passed on.
-    workers     Workers: what may block or take its time, such as DNS, connecting,
-                TLS, a body that trickles in.  They come back by Relay.tell.
+    workers     Workers: what may block: DNS, connecting, TLS, chunked requests,
+                answers of our own.  They come back by Relay.tell.
     Every socket is non-blocking and belongs to the relay or to one worker.  Both
     watch the client, so that a hang-up is noticed in every phase.
 
@@ -2326,6 +2326,9 @@ class Pool:
 # Rule: every socket is non-blocking.  A thread that must wait does so here, and
 # watches its client meanwhile: a client that hangs up ends the wait at once.
 
+# What the system says when this process has used up what it may have
+OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
 
 def wait_ready(
     wanted: Mapping[int, int], until: float, client: ClientConnection | None = None
@@ -2380,8 +2383,8 @@ class BodyBudget:
             self._left += size
 
 
-def _nobody(_: int) -> None:
-    """Own a connection that nobody has used yet."""
+def nobody(_: int) -> None:
+    """Own a connection, a client's or an upstream's, that is not used yet."""
 
 
 class ClientConnection:
@@ -2410,8 +2413,8 @@ class ClientConnection:
         self.since = time.monotonic()
         # For the relay: see Connection; `wake` is the owner while it is parked
         self.mask = 0
-        self.owner: Callable[[int], None] = _nobody
-        self.wake: Callable[[int], None] = _nobody
+        self.owner: Callable[[int], None] = nobody
+        self.wake: Callable[[int], None] = nobody
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._registry = registry
@@ -2823,13 +2826,12 @@ class Relay:
 # phase that says what the upstream may have seen.
 
 _IGNORE_UNEXPECTED_EOF = 0x80  # ssl.OP_IGNORE_UNEXPECTED_EOF, from Python 3.10 on
-_OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def _failed(phase: Phase, endpoint: Endpoint, error: Exception) -> UpstreamError:
     """Return the UpstreamError for what the operating system said."""
     number = getattr(error, "errno", None)
-    if number in _OWN_FAULTS:
+    if number in OWN_FAULTS:
         text = "this proxy has run out of descriptors or memory for connections"
         return UpstreamError(phase, f"{text}: {os.strerror(number)}", local=True)
     why = os.strerror(number) if number and number > 0 else str(error)
@@ -2960,10 +2962,6 @@ def dial(
             sock.close()
 
 
-def _unowned(_: int) -> None:
-    """Own a connection that has just been made."""
-
-
 class UpstreamConnection(http.client.HTTPConnection):
     """A connection to one endpoint.  One thread at a time."""
 
@@ -2986,8 +2984,8 @@ class UpstreamConnection(http.client.HTTPConnection):
         self._interim = 0
         # For the relay: see Connection; `stirred` is the owner while it is idle
         self.mask = 0
-        self.owner: Callable[[int], None] = _unowned
-        self.stirred: Callable[[int], None] = _unowned
+        self.owner: Callable[[int], None] = nobody
+        self.stirred: Callable[[int], None] = nobody
         self.born = time.monotonic()
         #: (monotonic, epoch) seconds: a sleeping machine stops the first one.
         self.idle_since = (0.0, 0.0)
@@ -4541,7 +4539,7 @@ class Reception:
         self._next_id = next_id
         self._serve = serve  # a worker's way of serving a request
         limit = services.config.server.max_body_mib
-        self._max_body_bytes = int(limit * 1024 * 1024)
+        self.max_body_bytes = int(limit * 1024 * 1024)
 
     def take(self, client: ClientConnection) -> None:
         """Begin the request in a client's buffer, or have a worker see to it."""
@@ -4599,8 +4597,8 @@ class Reception:
     ) -> None:
         """Begin the exchange once the body of `length` bytes is here."""
         buffer = client.buffer
-        if length > self._max_body_bytes:
-            text = f"a request body has {self._max_body_bytes} bytes at most here"
+        if length > self.max_body_bytes:
+            text = f"a request body has {self.max_body_bytes} bytes at most here"
             self._received(request, client, None, RefusedError(413, text))
         elif len(buffer) >= length:
             body, client.buffer = buffer[:length], buffer[length:]
@@ -4722,7 +4720,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 text = "this proxy is out of memory"
                 self._refuse(RefusedError(503, text, fields=retry))
             except ClientGoneError as error:
-                self._record(0, Outcome.CLIENT_CANCELLED, str(error))
+                if self.head is not None and under_v1(self.head.path):
+                    self._record(0, Outcome.CLIENT_CANCELLED, str(error))
                 raise
             except Exception:  # noqa: BLE001 - a bug of ours costs one request
                 self.server.log.fault(f"{self.request_id} a fault of the proxy")
@@ -4778,7 +4777,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if head.expects and not client.buffer:
             client.send_all(CONTINUE)
-        body = client.read_chunks(server.max_body_bytes, self._hold)
+        body = client.read_chunks(server.reception.max_body_bytes, self._hold)
         request = request._replace(body=body)
         exchange = Exchange(server.services, client, request, self._held)
         self._held = 0
@@ -4853,20 +4852,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, status: int, document: object, *, has_body: bool) -> None:
         """Send an answer of our own and let the relay go on with the client."""
-        head = self.head
-        keep = head is not None and head.keep_alive and not has_body
-        keep = keep and not self.server.draining()
+        keep = self._keeps(unread=has_body)
         self._say(
             own_answer(
                 status,
                 document,
                 request_id=self.request_id,
-                head=head,
+                head=self.head,
                 fields=self.answer_fields,
                 keep=keep,
             ),
             keep=keep,
         )
+
+    def _keeps(self, *, unread: bool) -> bool:
+        """Tell whether the connection goes on; `unread` bytes of the request end it."""
+        head = self.head
+        wanted = head is not None and head.keep_alive and not unread
+        return wanted and not self.server.draining()
 
     def _say(self, answer: bytes, *, keep: bool) -> None:
         self.client.send_all(answer)
@@ -4876,14 +4879,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _refuse(self, refusal: RefusedError) -> None:
         """Answer with an error of ours, and write the request's line."""
-        head = self.head
-        keep = head is not None and head.keep_alive and not refusal.close
+        keep = self._keeps(unread=refusal.close)
         self._record(refusal.status, Outcome.REFUSED, refusal.message)
         self._say(
             error_answer(
                 refusal,
                 request_id=self.request_id,
-                head=head,
+                head=self.head,
                 fields=self.answer_fields,
                 keep=keep,
             ),
@@ -4938,7 +4940,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.since = time.monotonic()
         self.via = os.urandom(8).hex()
         self.budget = BodyBudget()
-        self.max_body_bytes = int(settings.max_body_mib * 1024 * 1024)
         self.access = Access(
             settings,
             port=self.port,
@@ -5024,7 +5025,7 @@ class Server(http.server.ThreadingHTTPServer):
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in _ACCEPT_FAULTS and not self._shed(error):
+                if error.errno in OWN_FAULTS and not self._shed(error):
                     self.relay.watch(self.listener, 0, self.accept_waiting)
                     return  # until the next sweep
                 continue  # it went away before it was accepted, or was turned away
@@ -5146,9 +5147,6 @@ class Server(http.server.ThreadingHTTPServer):
         spare, self._spare = self._spare, None
         if spare is not None:
             os.close(spare)
-
-
-_ACCEPT_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def _turn_away(sock: socket.socket, message: str) -> None:
