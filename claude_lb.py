@@ -5722,6 +5722,27 @@ def _announce(server: Server, config: Config) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _catch_signals() -> int:
+    """Return a descriptor with a byte for each SIGTERM or SIGINT from now on.
+
+    The interpreter itself writes them.  An Event set by a handler stood still
+    for ever where the signal came while the same thread was beginning to wait.
+    """
+    asked, waker = os.pipe()
+    os.set_blocking(waker, False)
+    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+    came: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        if came:
+            os._exit(0)  # asked twice: now
+        came.append(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    return asked
+
+
 def cmd_serve(config: Config) -> int:
     """Serve until SIGTERM or SIGINT."""
     _raise_limits()
@@ -5731,19 +5752,10 @@ def cmd_serve(config: Config) -> int:
     except OSError as error:
         raise ConfigError([f"log.file {config.log.file}: {error.strerror}"]) from error
     server = _bind(config, log)
-    asked = threading.Event()
-
-    def stop(_: int, __: object) -> None:
-        if asked.is_set():
-            os._exit(0)
-        asked.set()  # nothing else here: a handler may interrupt itself
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    asked = _catch_signals()
     server.start()
     _announce(server, config)
-    while not asked.wait(3600.0):
-        pass
+    os.read(asked, 1)
     log.write("info", "asked to stop: finishing what runs")
     server.stop(grace_s=config.server.drain_s)
     log.write("info", "stopped")
