@@ -5,7 +5,8 @@ Life of a request
     Server.accept_waiting -> Relay.unpark -> Reception.take (what is chunked, bad or
     for us goes to a Handler, in a worker) -> parse_request_head -> Access.admit
     -> Upload -> Exchange.start -> Pool.reserve -> Upstreams.take, or connect in a
-    worker -> Attempt -> judge -> Commit, Stream -> Pool.settle, one log line.
+    worker -> Attempt -> hold_for (errors and first events are looked at) -> judge,
+    Course.step: another attempt, or Commit, Stream -> Pool.settle, one log line.
 
     The moment the first answer byte goes to the client is the commit.  Before it
     another endpoint may still serve the request; after it nothing is replayed.
@@ -16,44 +17,54 @@ Threads
                 being passed on.
     workers     Workers: what may block: DNS, connecting, TLS, chunked requests,
                 answers of our own.  They come back by Relay.tell.
+    reload      Reloader: looks at the configuration file, reads it anew.
     Every socket is non-blocking and belongs to the relay or to one worker.  Both
     watch the client, so that a hang-up is noticed in every phase.
 
 Locks and clocks
-    Pool._lock guards the turn, the counters, the evidence and the pins;
-    Workers._lock the count of idle threads; BodyBudget._lock the bytes held;
-    Log._lock the order of lines.  None is held across I/O (but for Log's one
-    write), none while another is.  Durations are monotonic (`_s`, `_since`),
-    records are epoch (`_at`).
+    Pool._lock guards the live state of all endpoints; Workers._lock the count of
+    idle threads; BodyBudget._lock the bytes held; Log._lock the order of lines.
+    None is held across I/O (but for Log's one write), none while another is.
+    Durations are monotonic (`_s`, `_since`), records are epoch (`_at`).
 
 Contents
     1. CONSTANTS     names, limits, defaults: each with its unit and source
     2. ERRORS        whose fault, in which phase, and the error envelope
     3. MODEL         frozen values: configuration, heads, requests, records
-    4. CONFIG        text -> Config; every fault with its JSON path
-    5. HTTP          strict heads, header rules, credentials
-    6. BODIES        framing of bodies: length, chunks, end of connection
-    7. ACCESS        who may ask what, decided from the head alone
-    8. SSE           what a copy of an event stream tells: complete, failed, at rest
-    9. SELECTION     which endpoints may serve a request, in which order
-    10. FAILOVER     what follows when an attempt fails before the commit
-    11. LOG          one line per exchange, as text or JSON
-    12. POOL         live state of the endpoints behind one lock
-    13. CONNECTIONS  waiting on sockets; the client's side of an exchange
-    14. RELAY        the one thread that waits for bytes; clients between requests
-    15. UPSTREAM     connect, TLS, proxies, idle connections, send, read the head
-    16. ATTEMPT      one request on its way, until its answer's head is here
-    17. STREAM       one committed answer on its way to the client
-    18. EXCHANGE     one client request with its attempts and its answer
-    19. RECEPTION    from a client's bytes to an exchange; answers of our own
-    20. SERVER       the listening socket, our own routes, start, drain
-    21. DEMO         two embedded upstreams that speak the Messages API
-    22. CLI          options, start, stop
+    4. FOREIGN       the files of two other balancers, in our terms
+    5. CONFIG        text -> Config; every fault with its JSON path
+    6. HTTP          strict heads, header rules, credentials, stated limits
+    7. BODIES        framing of bodies: length, chunks, end of connection
+    8. JSON          single values of a body, found without parsing the rest
+    9. ACCESS        who may ask what, decided from the head alone
+    10. SSE          what a copy of an event stream tells: complete, failed, at rest
+    11. SELECTION    strategies, conversations, routes: who may serve, in which order
+    12. FAILOVER     the decision table: what follows when an attempt fails
+    13. LOG          one line per exchange, as text or JSON
+    14. POOL         live state of the endpoints behind one lock: cooldowns, affinity
+    15. CONNECTIONS  waiting on sockets; the client's side of an exchange
+    16. RELAY        the one thread that waits for bytes; clients between requests
+    17. UPSTREAM     connect, TLS, proxies, idle connections, send, read the head
+    18. ATTEMPT      one request on its way, until its answer may go on
+    19. STREAM       one committed answer on its way to the client
+    20. SHARING      one answer for identical requests
+    21. COMMIT       the answered half of an exchange
+    22. COURSE       what one request asks for, and how far it has come
+    23. EXCHANGE     one client request with its attempts and its answer
+    24. RECEPTION    from a client's bytes to an exchange; answers of our own
+    25. REPORTS      snapshots and tables as JSON and text
+    26. RELOAD       takes over the configuration file when it changes
+    27. SERVER       the listening socket, our own routes, start, drain
+    28. DEMO         two embedded upstreams that speak the Messages API
+    29. SELFTEST     every row of the decision table, tried with scripted upstreams
+    30. CLI          options, commands, start, stop
 
 Usage
     python3 claude_lb.py --demo
     python3 claude_lb.py -c endpoints.json
     python3 claude_lb.py -c endpoints.json --check
+    python3 claude_lb.py explain --status 429 --header 'retry-after: 20'
+    python3 claude_lb.py selftest
 """
 
 from __future__ import annotations
@@ -66,18 +77,24 @@ import dataclasses
 import difflib
 import errno
 import hashlib
+import heapq
 import hmac
 import http.client
 import http.server
+import importlib
 import ipaddress
 import itertools
 import json
+import math
+import operator
 import os
 import queue
+import random
 import re
 import resource
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -91,12 +108,12 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from email.utils import formatdate
+from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
-from functools import lru_cache, partial, wraps
+from functools import cache, lru_cache, partial, wraps
 from typing import Any, NamedTuple, NoReturn, Protocol, TextIO
 
 # ============================================================================
@@ -132,6 +149,7 @@ TRAILER_BYTES = 8192
 MEMO_HEAD_BYTES = 4096  # longer heads are parsed each time
 READ_BYTES = 64 * 1024  # one recv
 PIPELINE_BYTES = 64 * 1024  # what a client may send ahead while it is served
+CHANGE_BYTES = 64 * 1024  # the body of a POST to a path of our own
 EDIT_BYTES = 4 * 1024 * 1024  # batch objects longer than this pass unedited
 PIN_BYTES = 64 * 1024  # how much of an answer is searched for ids
 PINS = 10_000
@@ -149,14 +167,32 @@ POOL_IDLE_S = 30.0  # api.anthropic.com's edge closes at 400 s; others sooner
 POOL_AGE_S = 600.0
 PING_S = 15.0  # Claude Code's screen says "waiting" after 20 s of silence
 SWEEP_S = 1.0
+WATCH_S = 1.0  # how often the configuration file is looked at
+SLEPT_S = 30.0  # wall and monotonic clock drift so far apart only while asleep
 WORKER_IDLE_S = 10.0
 ACCEPTS = 64  # connections accepted before others have their turn
 ACCEPT_LOG_S = 10.0
 COMMAND_S = 10.0  # authTokenCommand
 RETRY_AFTER_S = 1  # only with a 503 for our own capacity
+HISTORY_BYTES = 4 * 1024 * 1024  # of a shared answer, kept for late followers
+GATE_BYTES = 256 * 1024  # of an event stream, held back until its first content
+ERROR_BYTES = 64 * 1024  # of an error's body, read to judge it
+STATED_MOST_S = 8 * 86_400.0  # a stated reset: the longest window is a week
+PATIENCE_S = 60.0  # Claude Code gives up at once when told to wait longer
+BUDGET_S = 10  # the retry budget looks back so far
+BUDGET_SHARE = 0.2  # of the requests in that time
+BUDGET_LEAST = 3
+REPEAT_S = 60.0  # a body that failed so lately is its client's own retry
+REPEATS = 1000
+FIRST_MESSAGES = 4  # among these is the first one of the user's
+RAMP_MOST = 16  # attempts at once after a cooldown: 1, 2, 4 ... then no limit
+LIMITS_S = 300.0  # what an answer said of its limits is too old to go by
+LATENCY_SHARE = 0.2  # of the newest sample in an endpoint's average
+CONVERSATIONS = 10_000
+PLANS = 256  # models whose endpoints are kept looked up
 BACKLOG = 1024  # a burst of 300 connects lost 81 with the default of 5
 SWITCH_S = 0.0005  # thread switch interval: keeps a busy worker off the relay
-MAX_ATTEMPTS = 4
+MAX_ATTEMPTS = 4  # endpoints that one request may be sent to
 
 CRLF = b"\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -172,11 +208,13 @@ REASONS = {
     404: "Not Found",
     405: "Method Not Allowed",
     408: "Request Timeout",
+    411: "Length Required",
     413: "Content Too Large",
     414: "URI Too Long",
     415: "Unsupported Media Type",
     417: "Expectation Failed",
     421: "Misdirected Request",
+    429: "Too Many Requests",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
     501: "Not Implemented",
@@ -207,6 +245,16 @@ MESSAGES_PATH = "/v1/messages"
 COUNT_PATH = "/v1/messages/count_tokens"
 BATCHES_PATH = "/v1/messages/batches"
 
+STRATEGY_NAMES = (
+    "round_robin",
+    "weighted",
+    "priority",
+    "random",
+    "least_used",
+    "least_busy",
+    "headroom",
+    "fastest",
+)
 LEVELS = {"debug": 10, "info": 20, "warn": 30, "warning": 30, "error": 40}
 CLIENT_KEY_CHARACTERS = 32
 
@@ -225,6 +273,9 @@ class Phase(Enum):
     CONNECT = "connect"
     SEND = "send"
     WAIT = "wait"
+    ANSWER = "answer"  # its head is here
+    GATE = "gate"  # its first events are held back
+    RELAY = "relay"  # the client has a part of it
 
 
 class ProxyError(Exception):
@@ -271,10 +322,9 @@ class RefusedError(ProxyError):
 class UpstreamError(ProxyError):
     """An attempt failed without an answer that could be passed on.
 
-    `timed_out` and `certificate` name the evidence; `reused` says that the
-    connection had served before; `local` that the fault is our own process's
-    (no descriptors left) and says nothing about the endpoint; `settled` that
-    asking again would bring the same.
+    `timed_out`, `certificate`, `network` and `page` (of a web site) name the
+    evidence; `reused` says that the connection had served before; `local` that the
+    fault is our own process's (no descriptors left).
     """
 
     def __init__(  # noqa: PLR0913 - the facts of a failure, all by name
@@ -284,18 +334,20 @@ class UpstreamError(ProxyError):
         *,
         timed_out: bool = False,
         certificate: bool = False,
+        network: bool = False,
         reused: bool = False,
         local: bool = False,
-        settled: bool = False,
+        page: bool = False,
     ) -> None:
         super().__init__(message)
         self.phase = phase
         self.message = message
         self.timed_out = timed_out
         self.certificate = certificate
+        self.network = network
         self.reused = reused
         self.local = local
-        self.settled = settled
+        self.page = page
 
 
 # Source: the error table of the Messages API; 500 keeps the name that users of the
@@ -342,6 +394,12 @@ class Secret:
     def __repr__(self) -> str:
         return "Secret(***)"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
 
 class AuthType(Enum):
     """How an endpoint wants its credential."""
@@ -372,6 +430,14 @@ class Endpoint:
     ca_file: str | None = None
     #: URL of an HTTP proxy, reached by CONNECT.
     proxy: str | None = None
+    #: Its share with `weighted` and with conversations.
+    weight: int = 1
+    #: Lower numbers first; higher ones are for failover only.
+    priority: int = 0
+    #: Patterns of the models it serves; empty: all.
+    models: tuple[str, ...] = ()
+    #: Name of the group it shares a credential with.
+    group: str = ""
 
     @property
     def tunnel_authority(self) -> str:
@@ -385,6 +451,19 @@ class Endpoint:
         usual = ":443" if self.secure else ":80"
         whole = self.tunnel_authority
         return whole[: -len(usual)] if whole.endswith(usual) else whole
+
+
+def with_known_endpoints(config: Config, known: Sequence[Endpoint]) -> Config:
+    """Return `config` with the known object in place of every equal endpoint."""
+    kept = [next((k for k in known if vars(k) == vars(e)), e) for e in config.endpoints]
+    return dataclasses.replace(config, endpoints=tuple(kept))
+
+
+def same_service(one: Endpoint, other: Endpoint) -> bool:
+    """Tell whether two endpoints of that name reach the same account."""
+    ours = dict(vars(one), weight=0, priority=0, models=(), default=False, group="")
+    theirs = dict(vars(other), weight=0, priority=0, models=(), default=False, group="")
+    return ours == theirs
 
 
 @dataclass(frozen=True)
@@ -432,6 +511,63 @@ class LogSettings:
 
 
 @dataclass(frozen=True)
+class BalancingSettings:
+    """Which endpoint gets a request."""
+
+    #: A name in SELECTION's STRATEGIES.
+    strategy: str = "round_robin"
+    #: off, last_good (who succeeded last stays first) or conversation.
+    affinity: str = "off"
+    #: last_good forgets after so long without traffic.
+    idle_s: float = 300.0
+    #: `fastest` stays where it is for a gain below this.
+    switch_threshold_ms: float = 50.0
+    #: Identical requests at the same time share one answer.
+    dedupe: bool = False
+
+
+@dataclass(frozen=True)
+class FailoverSettings:
+    """What may be done before an error goes to the client."""
+
+    #: Endpoints that one request may be sent to.
+    attempts: int = MAX_ATTEMPTS
+    #: In place, of one request, where the table says so; the pause before each.
+    retries: int = 1
+    retry_delay_s: float = 0.75
+    retry_backoff: float = 2.0
+    #: In place of the table's lengths, but for stated resets and what needs attention.
+    cooldown_s: float | None = None
+    #: Status, and error.type -> failover or relay, before the table.
+    statuses: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    error_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    #: After so long no further attempt begins.
+    total_s: float = 600.0
+    #: An event stream is held back so long at most, until its first content.
+    gate_s: float = 10.0
+    #: Send again what may have been served, and paid for.
+    resend_ambiguous: bool = False
+
+
+class RouteStep(NamedTuple):
+    """Who serves a route: an endpoint or a group, and under which model's name."""
+
+    endpoint: str
+    group: str
+    #: None: the name that the client wrote.
+    model: str | None
+    #: None: the endpoint's own.
+    priority: int | None
+
+
+class Route(NamedTuple):
+    """A pattern of model names, and who serves them."""
+
+    pattern: str
+    steps: tuple[RouteStep, ...]
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole configuration, checked."""
 
@@ -439,9 +575,14 @@ class Config:
     server: ServerSettings = ServerSettings()
     timeouts: TimeoutSettings = TimeoutSettings()
     log: LogSettings = LogSettings()
+    balancing: BalancingSettings = BalancingSettings()
+    failover: FailoverSettings = FailoverSettings()
+    routes: tuple[Route, ...] = ()
     #: Where it came from, for people.
     source: str = ""
     warnings: tuple[str, ...] = ()
+    #: What became of the settings of another balancer's file.
+    notes: tuple[str, ...] = ()
 
     @property
     def enabled(self) -> tuple[Endpoint, ...]:
@@ -561,7 +702,25 @@ class EndpointSnapshot:
     in_flight: int
     #: None until something has been seen of it.
     answering: bool | None
+    #: In a few words: why it serves, or does not.
     why: str
+    #: disabled, paused, unknown, ok, failing, cooling or recovering.
+    state: str
+    #: Somebody has to do something before it can serve.
+    needs_attention: bool
+    #: (model bucket or "", row of the table, seconds left) of each cooldown.
+    cooldowns: tuple[tuple[str, str, float], ...]
+    #: Average time to the first byte.
+    latency_ms: float | None
+    #: Attempts begun, that were answered well, that failed.
+    used: int
+    succeeded: int
+    failed: int
+    #: Seconds since the last evidence and the last failure; infinite: never.
+    seen_s: float
+    failed_s: float
+    #: Limit fields of the last answer that had some.
+    limits: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -572,18 +731,572 @@ class PoolSnapshot:
     #: Position in `endpoints` of the next turn.
     next_index: int
     in_flight: int
+    #: Name of the endpoint that all goes to by hand; "" when automatic.
+    manual: str
 
     @property
     def status(self) -> str:
         """Return healthy, degraded or unhealthy, by the evidence at hand."""
-        states = [e.answering for e in self.endpoints if e.endpoint.enabled]
+        enabled = [e for e in self.endpoints if e.endpoint.enabled]
+        states = [False if e.state == "paused" else e.answering for e in enabled]
         if all(states):
             return "healthy"
         return "unhealthy" if all(s is False for s in states) else "degraded"
 
 
 # ============================================================================
-# 4. CONFIG (pure)
+# 4. FOREIGN (pure)
+# ============================================================================
+#
+# The files of two other balancers, in our terms.  A reader takes a document of plain
+# data and returns our raw configuration, which CONFIG then checks like any other,
+# and what became of each setting.  In its sentences "here" is this program and
+# "there" the one that the file was written for.
+
+
+def near_miss(value: object, names: Iterable[str]) -> str:
+    """Return a hint at the name that `value` was probably meant to be."""
+    lower = {n.lower().replace("_", ""): n for n in names}
+    wanted = str(value).lower().replace("_", "").replace("-", "")
+    close = difflib.get_close_matches(wanted, lower, n=1, cutoff=0.6)
+    return f" (did you mean {lower[close[0]]}?)" if close else ""
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether `host` (name or address, without brackets) is this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")
+
+
+#: Whether our configuration has a `health` section.
+HEALTH_SECTION = False
+
+
+class Translation(NamedTuple):
+    """A foreign file in our terms.  No secret is in its notes or faults."""
+
+    raw: dict[str, Any]
+    #: What became of each setting, and what has no equivalent.
+    notes: tuple[str, ...]
+    #: Each with its path in the foreign file.
+    faults: tuple[str, ...]
+
+
+class _Setting(NamedTuple):
+    """What becomes of one setting.
+
+    `into` holds our dotted names, joined by "+": "" where there is none, "_.name"
+    for what the reader itself goes on with.
+    """
+
+    wants: str
+    into: str
+    note: str
+
+
+# Kind of value -> (in words, test)
+_WANTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "any": ("anything", lambda v: True),
+    "text": ("a text", lambda v: isinstance(v, str) and bool(v.strip())),
+    "flag": ("true or false", lambda v: isinstance(v, bool)),
+    "number": ("a number", lambda v: type(v) in (int, float) and abs(v) <= 1e9),
+    "whole": ("a whole number", lambda v: type(v) is int and abs(v) <= 1e9),
+    "status": ("a status from 400 to 599", lambda v: type(v) is int and 400 <= v < 600),
+    "object": ("an object", lambda v: isinstance(v, Mapping)),
+    "list": ("a list", lambda v: isinstance(v, list)),
+}
+# The same where only some words will do: word -> what it becomes
+_CHOICES: dict[str, dict[str, Any]] = {
+    "strategy": {n: n for n in ("priority", "round_robin", "random")},
+    "dialect": {"anthropic": "", "openai": "OpenAI", "zed": "Zed"},
+    "auth": {n: n for n in ("api_key", "auth_token", "passthrough", "oauth")},
+    "color": {"true": "auto", "false": "off"},
+    "format": {"true": "json", "false": "text"},
+    "detail": {"basic": False, "standard": False, "detailed": True, "debug": True},
+    "level": {
+        **{n: n for n in ("debug", "info", "warn", "error")},
+        "trace": "debug",
+        "warning": "warn",
+        "critical": "error",
+    },
+    "resend": {"failover": True},
+}
+_ABSENT = {"none": "no equivalent", "later": "not in this version"}
+
+
+@cache
+def _settings(table: str) -> dict[str, _Setting]:
+    """Return the rules of lines `name,name kind ours note`.
+
+    The names share what stands before the last dot; "*" in ours is the name.
+    Kind `none` or `later` says why there is nothing of ours.
+    """
+    rules = {}
+    for line in table.strip().splitlines():
+        paths, wants, *rest = line.split(None, 2)
+        start, dot, names = paths.rpartition(".")
+        into, _, note = "".join(rest).partition(" ")
+        if wants in _ABSENT:
+            wants, into, note = "any", "", ": ".join([_ABSENT[wants], *rest])
+        for name in names.split(","):
+            rules[start + dot + name] = _Setting(
+                wants, into.replace("*", name), note.strip()
+            )
+    return rules
+
+
+# The Provider Balancer: providers.yaml, and config.yaml with more settings.
+_PROVIDER = """
+    name         text     name
+    type         dialect  _.dialect
+    base_url     text     baseURL
+    auth_type    auth     authType
+    auth_value   text     authToken
+    enabled      flag     enabled
+    proxy        text     proxy
+    account_email,zed_config  later
+    streaming_mode            none   every stream is passed on as it comes
+    big_model,small_model     none   model_routes name the models
+"""
+_ROUTE = """
+    provider     text     endpoint
+    model        text     model
+    priority     whole    priority
+    enabled      flag     enabled
+    account_email,mode        later
+"""
+_PROVIDERS_FILE = """
+    providers     list    _.providers  becomes endpoints
+    model_routes  object  _.routes     becomes routes
+    settings.selection_strategy  strategy  balancing.strategy
+    settings.idle_recovery_interval    number  balancing.idleRecoverySeconds
+    settings.sticky_provider_duration  number  balancing.idleRecoverySeconds
+    settings.failure_cooldown          number  failover.cooldown
+    settings.failover_http_codes       list    _.*  becomes failover.statuses
+    settings.unhealthy_http_codes      list    _.*  becomes failover.statuses
+    settings.failover_error_types      list    _.errors
+    settings.unhealthy_threshold       none    the first failure counts
+    settings.unhealthy_reset_on_success,unhealthy_reset_timeout  none
+    settings.unhealthy_exception_patterns      none  failed connections always count
+    settings.unhealthy_response_body_patterns  none  answers are not searched for words
+    settings.request_timeout  number  timeouts.firstByte  of a stream, to its start
+    settings.streaming_activity_timeout  number  timeouts.idle
+    settings.streaming_timeout           none    a stream may last while it moves
+    settings.timeouts.non_streaming.connect_timeout  number  timeouts.connect
+    settings.timeouts.non_streaming.read_timeout     number  timeouts.firstByte
+    settings.timeouts.non_streaming.pool_timeout     none
+    settings.timeouts.streaming.connect_timeout      number  timeouts.connect
+    settings.timeouts.streaming.read_timeout  number  timeouts.firstByte+timeouts.idle
+    settings.timeouts.streaming.pool_timeout,chunk_timeout                none
+    settings.timeouts.streaming.first_chunk_timeout,processing_timeout    none
+    settings.timeouts.caching,health_check                                none
+    settings.deduplication.enabled  flag  balancing.dedupe
+    settings.deduplication.include_max_tokens_in_signature  none  all of a body counts
+    settings.deduplication.sse_error_cleanup_delay          none
+    settings.client_disconnect_watchdog  none   hang-ups are always noticed
+    settings.token_counting     none   endpoints count tokens
+    settings.auth.enabled       flag   _.locked
+    settings.auth.api_key       text   _.key  becomes server.clientKeys, if auth.enabled
+    settings.auth.exempt_paths  none   /health is open, others ask for the key
+    settings.host               text   server.host
+    settings.port               whole  server.port
+    settings.log_level          level  log.level
+    settings.log_color          color  log.color
+    settings.log_file_path      text   log.file  JSON lines, in place of the console
+    settings.oauth              later
+    settings.testing,reload,reload_includes,app_name,app_version  none
+"""
+# What is so there without being said in the file.
+_PROVIDERS_UNSAID = {
+    "server.port": 8080,
+    "balancing.strategy": "priority",
+    "balancing.affinity": "last_good",
+    "balancing.idleRecoverySeconds": 300,
+    "balancing.dedupe": True,
+    "failover.cooldown": 60,
+    "failover.resendAmbiguous": True,
+}
+_PROVIDERS_NOTES = (
+    "failover: 401, 403, 429, 529 and 5xx fail over here even if they are not listed",
+    "balancing.dedupe: requests are the same if credential, path and all bytes are",
+    "timeouts: where several limits become one of ours, the longest counts",
+)
+_RANDOM = "balancing.strategy: the best three there, equals of the lowest priority here"
+_LOOSE = "there it matched inside longer names too, and a dot any character"
+# The names in failover_error_types, as settings with the value "failover".
+_ERRORS = """
+    connection_error,connect_timeout,pool_timeout,ssl_error  none  always so here
+    read_timeout,timeout_error             resend  failover.resendAmbiguous
+    rate_limit_exceeded,too_many_requests  any     failover.statuses.429
+    internal_server_error                  any     failover.statuses.500
+    bad_gateway                            any     failover.statuses.502
+    service_unavailable                    any     failover.statuses.503
+    gateway_timeout                        any     failover.statuses.504
+    overloaded_error,api_error,rate_limit_error           any  failover.errorTypes.*
+    authentication_error,permission_error,billing_error   any  failover.errorTypes.*
+    invalid_request_error,not_found_error                 any  failover.errorTypes.*
+    request_too_large                                     any  failover.errorTypes.*
+    other                                  none    messages are not searched for words
+"""
+
+# Claude Zephyr: config.toml, with the names of earlier versions.
+_GROUP = """
+    name            text  name
+    auth_token_env  text  authTokenEnv  from the environment: .env is not read here
+    auth_token      text  authToken
+    default         flag  default
+    endpoints       list  _.endpoints
+    health_check    none  it had no effect there either
+"""
+_MEMBER = """
+    name            text  name
+    url             text  baseURL
+    default         flag  default
+    flag            none
+"""
+_GROUPS_FILE = """
+    groups,endpoint_groups             list    _.*
+    server.port                        whole   server.port
+    server.switch_threshold_ms         number  balancing.switchThresholdMs
+    server.graceful_switch_timeout_ms  number  health.gracefulSwitchTimeoutMs
+    health_check.interval_seconds      number  health.intervalSeconds
+    health_check.min_interval_seconds  number  health.minIntervalSeconds
+    health_check.max_interval_seconds  number  health.maxIntervalSeconds
+    health_check.timeout_seconds       number  health.timeoutSeconds
+    health_check.dynamic_scaling       flag    health.dynamicScaling
+    health_check.claude_binary_path    text    health.claudeBinaryPath
+    health_check.auth_token            none    each group's token is used
+    health_check.switch_threshold_ms,graceful_switch_timeout_ms  none  see [server]
+    ui.language                        later
+    retry.enabled                      flag    _.retry
+    retry.max_attempts                 whole   _.attempts  less one: failover.retries
+    retry.base_delay_ms                number  failover.retryDelayMs
+    retry.backoff_multiplier           number  failover.retryBackoff
+    logging.level,output_level         level   log.level
+    logging.detail_level,proxy_detail  detail  log.lifecycle
+    logging.json_format                format  log.format
+    logging.file_enabled               flag    _.to_file
+    logging.file_path                  text    _.file  becomes log.file, if file_enabled
+    logging.console_enabled            none    the log goes to its file or the console
+    logging.max_file_size,max_files    none
+"""
+_GROUPS_UNSAID = {
+    "server.host": "127.0.0.1",
+    "server.port": 8080,
+    "balancing.strategy": "fastest",
+    "balancing.switchThresholdMs": 50,
+    "failover.resendAmbiguous": True,
+}
+_RETRY_UNSAID = {"failover.retryDelayMs": 1000, "failover.retryBackoff": 2.0}
+_RETRIES, _ATTEMPTS = 10, 100  # the most we take
+_LOG_FILE = "logs/claude-zephyr.log"
+
+
+def _put(out: dict[str, Any], name: str, value: Any) -> None:
+    """Set a dotted name; of time limits that become one, the longest counts."""
+    *sections, key = name.split(".")
+    for section in sections:
+        out = out.setdefault(section, {})
+    if sections == ["timeouts"]:
+        value = max(value, out.get(key, value))
+    out[key] = value
+
+
+def _in_clear(url: str) -> bool:
+    """Tell whether requests to `url` cross the network unencrypted."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme == "http" and not is_loopback(parts.hostname or "")
+    except ValueError:
+        return False
+
+
+class _Reading:
+    """A translation in the making.  Values may be secrets: no fault shows one."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.faults: list[str] = []
+
+    def entry(
+        self, raw: Any, table: str, path: str, needs: Iterable[str]
+    ) -> dict[str, Any]:
+        """Return what object `raw` becomes; what is under "_" is for the caller."""
+        out: dict[str, Any] = {"_": {}}
+        self.settings(raw, _settings(table), path, out)
+        for name in needs if isinstance(raw, Mapping) else ():
+            if raw.get(name) in (None, "", []):
+                self.faults.append(f"{path or 'the file'}: {name} is missing")
+        return out
+
+    def settings(
+        self, raw: Any, rules: Mapping[str, _Setting], path: str, out: dict[str, Any]
+    ) -> None:
+        """Put what the settings in `raw` become into `out`; null and "" are none."""
+        if not isinstance(raw, Mapping):
+            self.faults.append(f"{path or 'the file'}: expected an object")
+            return
+        heads = list(dict.fromkeys(name.split(".")[0] for name in rules))
+        for key, value in raw.items():
+            where = f"{path}.{key}" if path else key
+            if key not in heads:
+                self.faults.append(f"{where}: unknown key{near_miss(key, heads)}")
+            elif value is None or value == "":
+                continue
+            elif key in rules:
+                self.apply(value, rules[key], where, out)
+            else:
+                parts = {n.partition(".")[::2]: rule for n, rule in rules.items()}
+                inner = {rest: r for (head, rest), r in parts.items() if head == key}
+                self.settings(value, inner, where, out)
+
+    def apply(self, value: Any, rule: _Setting, path: str, out: dict[str, Any]) -> None:
+        """Put what one setting becomes into `out`, and say so."""
+        value, into, note = self.read(value, rule.wants, path), rule.into, rule.note
+        if value is None:
+            return
+        if into.startswith("health.") and not HEALTH_SECTION:
+            into, note = "", _ABSENT["later"]
+        for name in filter(None, into.split("+")):
+            _put(out, name, value)
+        # What has no section belongs to an entry of a list: not worth a line each
+        if "." in into and not into.startswith("_."):
+            into = f"{into.replace('+', ' and ')} = {json.dumps(value)}"
+            self.notes.append(f"{path} -> {into}{note and f' ({note})'}")
+        elif note:
+            self.notes.append(f"{path}: {note}")
+
+    def read(self, value: Any, wants: str, path: str) -> Any:
+        """Return a value in our terms, or None where it does not fit."""
+        if wants in _CHOICES:
+            words = _CHOICES[wants]
+            word = str(value).lower() if isinstance(value, (str, bool)) else ""
+            if word in words:
+                return words[word]
+            expected = f"one of {', '.join(words)}{near_miss(word, words)}"
+        else:
+            expected, fits = _WANTS[wants]
+            if fits(value):
+                return value
+        self.faults.append(f"{path}: expected {expected}")
+        return None
+
+    def finish(self, entry: dict[str, Any], path: str, spare: str) -> None:
+        """Let `entry` have what it could have there: any name, http to anywhere."""
+        name = entry.get("name", "")
+        if not (name.isascii() and name.isprintable() and len(name) <= 64):
+            entry["name"] = spare
+            self.notes.append(f"{path}.name -> {spare} (names are short ASCII here)")
+        if _in_clear(entry.get("baseURL", "")):
+            entry["allowHttp"] = True
+            self.notes.append(f"{path}: over http its credential is in the clear")
+
+    def provider(self, raw: Any, path: str) -> dict[str, Any]:
+        """Return the endpoint that a provider becomes."""
+        off = isinstance(raw, Mapping) and raw.get("enabled") is False
+        needs = ("name", "type", "base_url", *(() if off else ("auth_value",)))
+        endpoint = {"enabled": True, **self.entry(raw, _PROVIDER, path, needs)}
+        dialect = endpoint.pop("_").get("dialect")
+        why = f"speaks the {dialect} dialect" if dialect else ""
+        given = {endpoint.get("authType"), endpoint.get("authToken")}
+        if given & {"passthrough", "oauth"}:
+            endpoint["authType"] = "passthrough"
+            endpoint.pop("authToken", None)
+            why = "logs in by OAuth" if "oauth" in given else why
+        if why and endpoint["enabled"]:
+            endpoint["enabled"] = False
+            self.notes.append(
+                f"{path}: disabled: it {why}, which this version does not"
+            )
+        return endpoint
+
+    def providers(self, raw: Iterable[Any]) -> dict[str, dict[str, Any]]:
+        """Return the endpoints by the names that routes have for them."""
+        found: dict[str, dict[str, Any]] = {}
+        for index, item in enumerate(raw):
+            path = f"providers[{index}]"
+            endpoint = self.provider(item, path)
+            name = endpoint.get("name")
+            if name is None:
+                continue  # a fault by now
+            if name in found and found[name]["enabled"]:
+                self.notes.append(f"{path}: left out: routes find the first of a name")
+                continue
+            self.finish(endpoint, path, f"provider-{index + 1}")
+            found[name] = endpoint
+        return found
+
+    def route(
+        self, raw: Any, path: str, endpoints: Mapping[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return one option of a route; it is empty where nothing can serve it."""
+        option = self.entry(raw, _ROUTE, path, ("provider", "model"))
+        del option["_"]
+        endpoint = endpoints.get(option.get("endpoint", ""))
+        if endpoint is None and "endpoint" in option:
+            hint = near_miss(option["endpoint"], endpoints)
+            self.faults.append(f"{path}.provider: no provider of that name{hint}")
+        if endpoint is None:
+            return {}
+        if not endpoint["enabled"]:
+            self.notes.append(f"{path}: left out: its provider is disabled")
+            return {}
+        return {**option, "endpoint": endpoint["name"]}
+
+    def routes(
+        self, raw: Mapping[str, Any], endpoints: Mapping[str, dict[str, Any]]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Return the routes to enabled endpoints, in the file's order."""
+        routes = {}
+        for pattern, given in raw.items():
+            path = f"model_routes.{pattern}"
+            options = enumerate(self.read(given, "list", path) or ())
+            read = [self.route(o, f"{path}[{i}]", endpoints) for i, o in options]
+            routes[pattern] = [option for option in read if option]
+            if not routes[pattern]:
+                del routes[pattern]
+                self.notes.append(f"{path}: left out: nothing is left to serve it")
+            elif "*" in pattern and not re.fullmatch(r"\*|\*[\w*-]*\*", pattern):
+                self.notes.append(f"{path}: {_LOOSE}")
+        return routes
+
+    def group(self, raw: Any, path: str, spare: str) -> dict[str, Any]:
+        """Return endpoints that share a token."""
+        early = isinstance(raw, Mapping) and "auth_token" in raw
+        token = "auth_token" if early else "auth_token_env"
+        group = self.entry(raw, _GROUP, path, ("name", token, "endpoints"))
+        self.finish(group, path, spare)
+        members = []
+        for index, item in enumerate(group.pop("_").get("endpoints", ())):
+            where = f"{path}.endpoints[{index}]"
+            member = self.entry(item, _MEMBER, where, ("name", "url"))
+            self.finish(member, where, f"{spare}-{index + 1}")
+            del member["_"]
+            members.append(member)
+        return {**group, "authType": "auth_token", "endpoints": members}
+
+    def settle(
+        self, out: dict[str, Any], unsaid: Mapping[str, Any], served: int
+    ) -> Translation:
+        """Return the translation, completed by what was so without being said.
+
+        There a request might try each of the `served` endpoints once.
+        """
+        attempts = min(max(served, 1), _ATTEMPTS)
+        for name, value in {**unsaid, "failover.attempts": attempts}.items():
+            section, key = name.split(".")
+            if key not in out.setdefault(section, {}):
+                _put(out, name, value)
+                self.notes.append(f"{name} = {json.dumps(value)}, as there")
+        return Translation(out, tuple(self.notes), tuple(self.faults))
+
+
+def from_providers(raw: Mapping[str, Any]) -> Translation:
+    """Return what a file of the Claude Code Provider Balancer says; never raises."""
+    reading = _Reading()
+    out = reading.entry(raw, _PROVIDERS_FILE, "", ("providers",))
+    rest = out.pop("_")
+    endpoints = reading.providers(rest.get("providers", ()))
+    out["endpoints"] = list(endpoints.values())
+    routes = reading.routes(rest.get("routes", {}), endpoints)
+    if routes:
+        out["routes"] = routes
+    for name in ("failover_http_codes", "unhealthy_http_codes"):
+        for i, code in enumerate(rest.get(name, ())):
+            if reading.read(code, "status", f"settings.{name}[{i}]"):
+                _put(out, f"failover.statuses.{code}", "failover")
+    for i, name in enumerate(rest.get("errors", ())):
+        path = f"settings.failover_error_types[{i}]"
+        errors = _settings(_ERRORS)
+        known = errors.get(reading.read(name, "text", path), errors["other"])
+        reading.apply("failover", known, path, out)
+    if rest.get("locked") and "key" not in rest:
+        reading.faults.append("settings.auth: api_key is missing")
+    elif rest.get("locked"):
+        _put(out, "server.clientKeys", [rest["key"]])
+    if "file" in out.get("log", {}):
+        _put(out, "log.format", "json")
+    if out.get("balancing", {}).get("strategy") == "random":
+        reading.notes.append(_RANDOM)
+    reading.notes += _PROVIDERS_NOTES
+    served = sum(endpoint["enabled"] for endpoint in out["endpoints"])
+    return reading.settle(out, _PROVIDERS_UNSAID, served)
+
+
+def from_groups_file(raw: Mapping[str, Any]) -> Translation:
+    """Return what a file of Claude Zephyr says; never raises."""
+    reading = _Reading()
+    out = reading.entry(raw, _GROUPS_FILE, "", ())
+    rest = out.pop("_")
+    out["groups"] = [
+        reading.group(item, f"{section}[{i}]", f"group-{i + 1}")
+        for section in ("groups", "endpoint_groups")
+        for i, item in enumerate(rest.get(section, ()))
+    ]
+    if not out["groups"] and not reading.faults:
+        reading.faults.append("the file: groups is missing")
+    if "health" in out:
+        _put(out, "health.method", "cli")
+    if rest.get("to_file"):
+        _put(out, "log.file", rest.get("file", _LOG_FILE))
+    unsaid = dict(_GROUPS_UNSAID)
+    served = sum(len(group["endpoints"]) for group in out["groups"])
+    if not reading.faults and "retry" in raw:
+        attempts = rest.get("attempts", 3) if rest.get("retry", True) else 1
+        retries = min(max(attempts - 1, 0), _RETRIES)
+        if retries < attempts - 1:
+            reading.notes.append(f"retry.max_attempts: {_RETRIES} retries are the most")
+        unsaid.update(_RETRY_UNSAID, **{"failover.retries": retries})
+    return reading.settle(out, unsaid, served)
+
+
+def foreign_kind(raw: object) -> str:
+    """Return whose file `raw` is: "providers", "zephyr", or "" for our own."""
+    if not isinstance(raw, Mapping) or "endpoints" in raw:
+        return ""
+    if "providers" in raw or "model_routes" in raw:
+        return "providers"
+    server, groups = raw.get("server"), raw.get("groups")
+    theirs = ("endpoint_groups", "health_check", "retry", "logging", "ui")
+    if any(key in raw for key in theirs):
+        return "zephyr"
+    if isinstance(server, Mapping) and "switch_threshold_ms" in server:
+        return "zephyr"
+    named = isinstance(groups, list) and any(
+        isinstance(group, Mapping) and "auth_token_env" in group for group in groups
+    )
+    return "zephyr" if named else ""
+
+
+def load_toml(text: str) -> dict[str, Any]:
+    """Return the data of a TOML document; raises ValueError."""
+    try:
+        tomllib = importlib.import_module("tomllib")
+    except ImportError:
+        raise ValueError(
+            "reading TOML needs Python 3.11 or newer: start this program with one"
+        ) from None
+    loaded: dict[str, Any] = tomllib.loads(text)
+    return loaded
+
+
+def yaml_hint(path: str) -> str:
+    """Return how to convert the YAML file at `path` into one that can be read."""
+    target = re.sub(r"(?i)\.ya?ml$", "", path) + ".json"
+    code = (
+        "import json,sys,yaml; json.dump(yaml.safe_load(open(sys.argv[1])),"
+        ' open(sys.argv[2],"w"), indent=2)'
+    )
+    return (
+        "YAML is not read here; convert it once, with the Python that has PyYAML:"
+        f" python3 -c '{code}' {shlex.quote(path)} {shlex.quote(target)}"
+    )
+
+
+# ============================================================================
+# 5. CONFIG (pure)
 # ============================================================================
 #
 # Rule: all faults of a file are reported together, each with its JSON path.
@@ -593,7 +1306,7 @@ class PoolSnapshot:
 _PLACEHOLDER = re.compile(
     r"(?i)your[_\-\s]?.*(token|key)|(token|key)[_\-]?here|^(x{3,}|\.{3,}|<.*>|changeme"
     r"|change[_-]me|placeholder|example|secret|password|token|api[_-]?key)$"
-    r"|^sk-ant-(\.{3}|x+)"
+    r"|^sk-ant-(\.{3}|x{3})"
 )
 _LOOSE_TOKEN = re.compile(
     r"""(?P<space>\s+|//[^\n]*|/\*.*?\*/)
@@ -627,7 +1340,7 @@ class _Faults:
 
     def wrong(self, path: str, expected: str, value: object) -> None:
         """Note a value of the wrong type, without showing what may be a secret."""
-        shown = _KINDS.get(type(value)) or json.dumps(value)
+        shown = _KINDS.get(type(value)) or json.dumps(value, default=str)
         self.add(path, f"expected {expected}, got {shown}")
 
 
@@ -648,11 +1361,13 @@ def _flag(value: Any, path: str, faults: _Faults) -> bool | None:
     return None
 
 
-def _number(low: float, high: float, *, whole: bool = False) -> _Reader:
+def _number(
+    low: float, high: float, *, whole: bool = False, unit: float = 1.0
+) -> _Reader:
     def read(value: Any, path: str, faults: _Faults) -> float | None:
         good = isinstance(value, int if whole else (int, float))
         if good and not isinstance(value, bool) and low <= value <= high:
-            return int(value) if whole else float(value)
+            return int(value) if whole else float(value) * unit
         kind = "a whole number" if whole else "a number"
         faults.wrong(path, f"{kind} from {low:g} to {high:g}", value)
         return None
@@ -664,7 +1379,7 @@ def _choice(*names: str) -> _Reader:
     def read(value: Any, path: str, faults: _Faults) -> str | None:
         if value in names:
             return str(value)
-        faults.add(path, f"expected one of {', '.join(names)}{_near(value, names)}")
+        faults.add(path, f"expected one of {', '.join(names)}{near_miss(value, names)}")
         return None
 
     return read
@@ -676,6 +1391,25 @@ def _texts(value: Any, path: str, faults: _Faults) -> tuple[str, ...]:
         return ()
     read = (_text(v, f"{path}[{i}]", faults) for i, v in enumerate(value))
     return tuple(v for v in read if v is not None)
+
+
+def _wishes(*, whole: bool) -> _Reader:
+    """Return the reader of {status or error.type: failover or relay}."""
+
+    def read(value: Any, path: str, faults: _Faults) -> dict[Any, str]:
+        if not isinstance(value, dict):
+            faults.wrong(path, 'an object such as {"404": "failover"}', value)
+            return {}
+        wishes: dict[Any, str] = {}
+        word = _choice("failover", "relay")
+        for key, wish in value.items():
+            if whole and not re.fullmatch(r"[45]\d\d", key):
+                faults.add(f"{path}.{key}", "expected a status from 400 to 599")
+            elif word(wish, f"{path}.{key}", faults):
+                wishes[int(key) if whole else key] = wish
+        return wishes
+
+    return read
 
 
 def _key(value: Any, path: str, faults: _Faults) -> Secret | None:
@@ -732,6 +1466,32 @@ _LOG_KEYS: dict[str, tuple[str, _Reader]] = {
     "file": ("file", _text),
     "lifecycle": ("lifecycle", _flag),
 }
+_BALANCING_KEYS: dict[str, tuple[str, _Reader]] = {
+    "strategy": ("strategy", _choice(*STRATEGY_NAMES)),
+    "affinity": ("affinity", _choice("off", "last_good", "conversation")),
+    "idleRecoverySeconds": ("idle_s", _number(0, 86_400)),
+    "switchThresholdMs": ("switch_threshold_ms", _number(0, 60_000)),
+    "dedupe": ("dedupe", _flag),
+}
+_FAILOVER_KEYS: dict[str, tuple[str, _Reader]] = {
+    "attempts": ("attempts", _number(1, 100, whole=True)),
+    "retries": ("retries", _number(0, 10, whole=True)),
+    "retryDelayMs": ("retry_delay_s", _number(0, 60_000, unit=0.001)),
+    "retryBackoff": ("retry_backoff", _number(1, 10)),
+    "cooldown": ("cooldown_s", _number(0, 86_400)),
+    "statuses": ("statuses", _wishes(whole=True)),
+    "errorTypes": ("error_types", _wishes(whole=False)),
+    "totalSeconds": ("total_s", _number(1, 86_400)),
+    "gateSeconds": ("gate_s", _number(0, 600)),
+    "resendAmbiguous": ("resend_ambiguous", _flag),
+}
+_STEP_KEYS: dict[str, tuple[str, _Reader]] = {
+    "endpoint": ("endpoint", _text),
+    "group": ("group", _text),
+    "model": ("model", _text),
+    "priority": ("priority", _number(-1000, 1000, whole=True)),
+    "enabled": ("enabled", _flag),
+}
 _ENDPOINT_KEYS: dict[str, tuple[str, _Reader]] = {
     "baseURL": ("base_url", _text),
     "authToken": ("token", _text),
@@ -744,16 +1504,23 @@ _ENDPOINT_KEYS: dict[str, tuple[str, _Reader]] = {
     "caFile": ("ca_file", _text),
     "allowHttp": ("allow_http", _flag),
     "proxy": ("proxy", _text),
+    "weight": ("weight", _number(1, 1000, whole=True)),
+    "priority": ("priority", _number(-1000, 1000, whole=True)),
+    "models": ("models", _texts),
 }
-_SECTION_KEYS = ("endpoints", "server", "timeouts", "log")
-
-
-def _near(value: object, names: Iterable[str]) -> str:
-    """Return a hint at the name that `value` was probably meant to be."""
-    lower = {n.lower().replace("_", ""): n for n in names}
-    wanted = str(value).lower().replace("_", "").replace("-", "")
-    close = difflib.get_close_matches(wanted, lower, n=1, cutoff=0.6)
-    return f" (did you mean {lower[close[0]]}?)" if close else ""
+# What the endpoints of a group share, unless they have their own.
+_SHARED_KEYS = ("authToken", "authTokenEnv", "authTokenCommand", "authType")
+_GROUP_KEYS = ("name", "default", "endpoints", *_SHARED_KEYS)
+_SECTION_KEYS = (
+    "endpoints",
+    "groups",
+    "routes",
+    "server",
+    "balancing",
+    "failover",
+    "timeouts",
+    "log",
+)
 
 
 def _read_keys(
@@ -771,7 +1538,7 @@ def _read_keys(
             if found is not None:
                 values[name] = found
         else:
-            faults.add(f"{path}.{key}", f"unknown key{_near(key, keys)}")
+            faults.add(f"{path}.{key}", f"unknown key{near_miss(key, keys)}")
     return values
 
 
@@ -796,14 +1563,6 @@ def is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether `host` (name or address, without brackets) is this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost" or host.lower().endswith(".localhost")
 
 
 def _read_url(
@@ -903,7 +1662,7 @@ def _read_endpoint(
         where, plain = f"{path}.baseURL", values.get("allow_http", False)
         url = _read_url(values["base_url"], where, allow_http=plain, faults=faults)
     elif "baseURL" not in raw:
-        hint = _near("baseURL", [k for k in raw if k not in _ENDPOINT_KEYS])
+        hint = near_miss("baseURL", [k for k in raw if k not in _ENDPOINT_KEYS])
         faults.add(path, f"baseURL is missing{hint}")
     enabled = values.get("enabled", True)
     credential = _read_token(values, path, source, faults) if enabled else None
@@ -933,20 +1692,120 @@ def _read_endpoint(
         default=values.get("default", False),
         ca_file=values.get("ca_file"),
         proxy=proxy,
+        weight=values.get("weight", 1),
+        priority=values.get("priority", 0),
+        models=values.get("models", ()),
     )
 
 
+class _Listed(NamedTuple):
+    """An endpoint as a file lists it."""
+
+    raw: Any
+    path: str
+    group: str
+
+
+def _listed_endpoints(raw: Mapping[str, Any], faults: _Faults) -> list[_Listed]:
+    """Return what `endpoints` and `groups` list, in that order."""
+    plain, groups = raw.get("endpoints"), raw.get("groups", [])
+    if isinstance(plain, list) and (plain or groups):
+        listed = [_Listed(e, f"endpoints[{i}]", "") for i, e in enumerate(plain)]
+    elif plain is None and groups:
+        listed = []
+    else:
+        faults.wrong("endpoints", "a list with at least one endpoint", plain)
+        return []
+    if not isinstance(groups, list):
+        faults.wrong("groups", "a list of groups", groups)
+        return []
+    for index, group in enumerate(groups):
+        listed += _group_endpoints(group, f"groups[{index}]", faults)
+    return listed
+
+
+def _group_endpoints(group: Any, path: str, faults: _Faults) -> list[_Listed]:
+    """Return the endpoints of a group, each with what the group shares."""
+    if not isinstance(group, dict):
+        faults.wrong(path, "an object", group)
+        return []
+    for key in group:
+        if key not in _GROUP_KEYS:
+            faults.add(f"{path}.{key}", f"unknown key{near_miss(key, _GROUP_KEYS)}")
+    name = _text(group.get("name"), f"{path}.name", faults) or ""
+    members = group.get("endpoints")
+    if not isinstance(members, list) or not members:
+        faults.wrong(f"{path}.endpoints", "a list with at least one endpoint", members)
+        return []
+    shared = {k: group[k] for k in _SHARED_KEYS if k in group}
+    default = "default" in group and _flag(group["default"], f"{path}.default", faults)
+    listed = []
+    for index, member in enumerate(members):
+        where = f"{path}.endpoints[{index}]"
+        own = _member(member, shared) if isinstance(member, dict) else member
+        if isinstance(own, dict) and index == 0 and default:
+            own.setdefault("default", True)
+        listed.append(_Listed(own, where, name))
+    return listed
+
+
+def _member(raw: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's endpoint with the credential that it shares."""
+    own = dict(raw)
+    if "url" in own and "baseURL" not in own:
+        own["baseURL"] = own.pop("url")
+    credential = any(k in own for k in _SHARED_KEYS[:3])
+    return own if credential else {**shared, **own}
+
+
+def _read_routes(
+    raw: Any, endpoints: Sequence[Endpoint] | None, faults: _Faults
+) -> tuple[Route, ...]:
+    """Return the routes in file order; without `endpoints` names are not looked up."""
+    if not isinstance(raw, dict):
+        faults.wrong("routes", "an object: pattern -> list of endpoints", raw)
+        return ()
+    routes = []
+    for pattern, steps in raw.items():
+        path = f'routes["{pattern}"]'
+        if not isinstance(steps, list) or not steps:
+            faults.wrong(path, "a list with at least one endpoint or group", steps)
+            continue
+        read = (
+            _read_step(step, f"{path}[{i}]", endpoints, faults)
+            for i, step in enumerate(steps)
+        )
+        routes.append(Route(pattern, tuple(s for s in read if s is not None)))
+    return tuple(routes)
+
+
+def _read_step(
+    raw: Any, path: str, endpoints: Sequence[Endpoint] | None, faults: _Faults
+) -> RouteStep | None:
+    """Return one step of a route; None where it is disabled or at fault."""
+    values = _read_keys(raw, path, _STEP_KEYS, faults)
+    name, group = values.get("endpoint", ""), values.get("group", "")
+    names = {e.name if name else e.group for e in endpoints or ()}
+    if isinstance(raw, dict) and bool(name) == bool(group):
+        faults.add(path, "expected either an endpoint or a group")
+    elif endpoints is not None and (name or group) not in names:
+        kind = "endpoint" if name else "group"
+        hint = near_miss(name or group, names)
+        faults.add(f"{path}.{kind}", f"there is no {kind} {name or group}{hint}")
+    if not values.get("enabled", True):
+        return None
+    model = values.get("model", "passthrough")
+    sent = None if model == "passthrough" else model
+    return RouteStep(name, group, sent, values.get("priority"))
+
+
 def _read_endpoints(
-    raw: Any, source: TokenSource, faults: _Faults
+    raw: Mapping[str, Any], source: TokenSource, faults: _Faults
 ) -> tuple[Endpoint, ...]:
     """Return the endpoints, each with a name of its own."""
-    if not isinstance(raw, list) or not raw:
-        faults.wrong("endpoints", "a list with at least one endpoint", raw)
-        return ()
     endpoints: list[Endpoint] = []
     taken: set[str] = set()
-    for index, item in enumerate(raw):
-        path = f"endpoints[{index}]"
+    for item, path, group in _listed_endpoints(raw, faults):
         endpoint = _read_endpoint(item, path, source, faults)
         if endpoint is None:
             continue
@@ -956,7 +1815,7 @@ def _read_endpoints(
         names = itertools.chain([endpoint.name], numbered)
         name = next(n for n in names if n not in taken)
         taken.add(name)
-        endpoints.append(dataclasses.replace(endpoint, name=name))
+        endpoints.append(dataclasses.replace(endpoint, name=name, group=group))
     if endpoints and not any(e.enabled for e in endpoints) and not faults.lines:
         faults.add("endpoints", "every endpoint is disabled")
     if sum(e.default for e in endpoints) > 1:
@@ -1040,21 +1899,40 @@ def parse_config(text: str, *, name: str, source: TokenSource) -> Config:
     `name` is the file's, for messages.  Raises ConfigError with every fault.
     """
     try:
-        raw = _load(text)
+        toml = name.lower().endswith(".toml")
+        raw = load_toml(text) if toml else _load(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError([f"{name}: {error}"]) from None
+        hint = yaml_hint(name) if re.search(r"(?i)\.ya?ml$", name) else str(error)
+        raise ConfigError([f"{name}: {hint}"]) from None
     faults = _Faults()
+    notes: tuple[str, ...] = ()
+    reader = {"providers": from_providers, "zephyr": from_groups_file}.get(
+        foreign_kind(raw)
+    )
+    if reader is not None:
+        raw, notes, wrong = reader(raw)
+        if wrong:
+            raise ConfigError([f"{name}: {line}" for line in wrong])
     if isinstance(raw, list):
         raw = {"endpoints": raw}
     if not isinstance(raw, dict):
         raise ConfigError([f"{name}: expected a list of endpoints or an object"])
     for key in raw:
         if key not in _SECTION_KEYS:
-            faults.add(key, f"unknown key{_near(key, _SECTION_KEYS)}")
-    endpoints = _read_endpoints(raw.get("endpoints"), source, faults)
-    server = _read_keys(raw.get("server", {}), "server", _SERVER_KEYS, faults)
-    timeouts = _read_keys(raw.get("timeouts", {}), "timeouts", _TIMEOUT_KEYS, faults)
-    log = _read_keys(raw.get("log", {}), "log", _LOG_KEYS, faults)
+            faults.add(key, f"unknown key{near_miss(key, _SECTION_KEYS)}")
+    endpoints = _read_endpoints(raw, source, faults)
+    server, timeouts, log, balancing, failover = (
+        _read_keys(raw.get(name, {}), name, keys, faults)
+        for name, keys in (
+            ("server", _SERVER_KEYS),
+            ("timeouts", _TIMEOUT_KEYS),
+            ("log", _LOG_KEYS),
+            ("balancing", _BALANCING_KEYS),
+            ("failover", _FAILOVER_KEYS),
+        )
+    )
+    sound = not faults.lines  # else a name may be missing for that alone
+    routes = _read_routes(raw.get("routes", {}), endpoints if sound else None, faults)
     for index, origin in enumerate(server.get("cors_origins", ())):
         if origin != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", origin):
             where = f"server.corsOrigins[{index}]"
@@ -1066,7 +1944,11 @@ def parse_config(text: str, *, name: str, source: TokenSource) -> Config:
         ServerSettings(**server),
         TimeoutSettings(**timeouts),
         LogSettings(**log),
+        BalancingSettings(**balancing),
+        FailoverSettings(**failover),
+        routes,
         source=name,
+        notes=notes,
     )
 
 
@@ -1094,7 +1976,7 @@ def final_faults(config: Config) -> list[str]:
 
 
 # ============================================================================
-# 5. HTTP (pure)
+# 6. HTTP (pure)
 # ============================================================================
 #
 # Facts: RFC 9112.  Lines end in CRLF; what is ambiguous is refused (a request:
@@ -1472,6 +2354,94 @@ def parse_answer_head(head: bytes, method: str) -> AnswerHead:
     )
 
 
+_LIMIT_LINE = re.compile(rb"(?mi)^anthropic-ratelimit-([^:\r]+):[ \t]*([^\r]*)")
+_RETRY_LINE = re.compile(rb"(?mi)^retry-after(-ms)?:[ \t]*([^\r]*)")
+
+
+def limit_fields(kept: bytes) -> dict[str, str]:
+    """Return an answer's anthropic-ratelimit fields, less that prefix."""
+    return {
+        name.decode("latin-1").lower(): value.decode("latin-1").strip()
+        for name, value in _LIMIT_LINE.findall(kept)
+    }
+
+
+def _parse_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _parse_moment(text: str) -> float | None:
+    """Return the epoch seconds of an HTTP date or an RFC 3339 time."""
+    try:
+        if text[:1].isdigit():
+            return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+        return parsedate_to_datetime(text).timestamp()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+
+
+def _retry_after_s(kept: bytes, epoch: float) -> float | None:
+    """Return the seconds that retry-after-ms, else retry-after, states."""
+    stated = {
+        kind: value.decode("latin-1") for kind, value in _RETRY_LINE.findall(kept)
+    }
+    ms = _parse_number(stated.get(b"-ms", ""))
+    if ms is not None and ms > 0:
+        return ms / 1000
+    text = stated.get(b"", "").strip()
+    seconds = _parse_number(text)
+    if seconds is not None:
+        return seconds
+    moment = _parse_moment(text)
+    return None if moment is None else moment - epoch
+
+
+def stated_wait_s(kept: bytes, epoch: float) -> float | None:
+    """Return the seconds until the reset that a limited answer states.
+
+    None where it states none that could be true: garbage, zero, the past, more
+    than eight days.  `kept` are its field lines.
+    """
+    fields = limit_fields(kept)
+    waits = [_retry_after_s(kept, epoch)]
+    if fields.get("unified-status") == "rejected":
+        reset = _parse_number(fields.get("unified-reset", ""))
+        waits.append(None if reset is None else reset - epoch)
+    good = [w for w in waits if w is not None and 0 < w <= STATED_MOST_S]
+    return max(good or _used_up_s(fields, epoch), default=None)
+
+
+def _used_up_s(fields: Mapping[str, str], epoch: float) -> list[float]:
+    """Return the seconds until the resets of what the API says is used up."""
+    names = [n[: -len("remaining")] for n in fields if n.endswith("-remaining")]
+    empty = [n for n in names if _parse_number(fields[f"{n}remaining"]) == 0]
+    moments = [_parse_moment(fields.get(f"{n}reset", "")) for n in empty]
+    waits = [m - epoch for m in moments if m is not None]
+    return [w for w in waits if 0 < w <= STATED_MOST_S]
+
+
+def headroom_of(kept: bytes) -> float:
+    """Return the room that an answer's limit fields leave: 0 to 1, 1 if unknown."""
+    fields = limit_fields(kept)
+    if fields.get("unified-status") == "rejected":
+        return 0.0
+    rooms = []
+    for name, value in fields.items():
+        number = _parse_number(value)
+        if number is None:
+            continue
+        if name.startswith("unified-") and name.endswith("-utilization"):
+            rooms.append(1.0 - number)
+        elif name.endswith("-remaining"):
+            limit = _parse_number(fields.get(name[:-9] + "limit", ""))
+            rooms += [number / limit] if limit else []
+    return min(1.0, max(0.0, min(rooms, default=1.0)))
+
+
 def answer_start(status: int, reason: bytes = b"") -> bytes:
     """Return a status line of ours."""
     return b"HTTP/1.1 %d %b\r\n" % (status, reason or REASONS.get(status, "").encode())
@@ -1485,7 +2455,7 @@ def connection_line(*, keep: bool, modern: bool) -> bytes:
 
 
 # ============================================================================
-# 6. BODIES (pure)
+# 7. BODIES (pure)
 # ============================================================================
 #
 # Facts: RFC 9112 sections 6 and 7.  A reader follows the framing of one body by
@@ -1719,7 +2689,177 @@ def body_reader(answer: AnswerHead, *, keep_payload: bool) -> BodyReader:
 
 
 # ============================================================================
-# 7. ACCESS (pure)
+# 8. JSON (pure)
+# ============================================================================
+#
+# Where single values of a JSON body stand, so that they can be cut out and every
+# other byte stays.  The json module finds the ends: as fast as json.loads, which no
+# search of ours was (400 KB of messages: 1.5 ms, a regular expression 4 ms).
+
+_BLANK = r"[ \t\n\r]*"
+_OPENING = re.compile(rf"{_BLANK}[\[{{]{_BLANK}")
+_KEY = re.compile(rf'("(?:[^"\\]|\\.)*"){_BLANK}:{_BLANK}', re.S)
+_AFTER_VALUE = re.compile(rf"{_BLANK}([,}}\]]){_BLANK}")
+_DECODER = json.JSONDecoder()
+_CACHE_MARK = re.compile(rb',?\s*"cache_control"\s*:\s*\{[^{}]*\}')
+_LONG_CACHE = re.compile(rb'"ttl"\s*:\s*"1h"')
+_OLD_SESSION = re.compile(r"_session_([0-9a-f-]{36})$")
+
+
+class Member(NamedTuple):
+    """Where a value stands in a body."""
+
+    start: int
+    end: int
+
+
+def _value_end(text: str, start: int) -> int:
+    """Return where the value at `start` ends; -1 if there is none."""
+    try:
+        return _DECODER.raw_decode(text, start)[1]
+    except (ValueError, RecursionError):
+        return -1
+
+
+def top_level(body: bytes | bytearray) -> dict[str, Member]:
+    """Return where the values of a body's object are, by key; the last one counts.
+
+    Empty where the body is no JSON object.
+    """
+    text = str(body, "latin-1")  # a character is a byte
+    opening, found = _OPENING.match(text), {}
+    at = opening.end() if opening else 0
+    while True:
+        key = _KEY.match(text, at)
+        end = _value_end(text, key.end()) if key else -1
+        after = _AFTER_VALUE.match(text, end) if end > 0 else None
+        if key is None or after is None:
+            return {}
+        name = _string(body[key.start(1) : key.end(1)])
+        found[name] = Member(key.end(), end)
+        if after[1] != ",":
+            return found if after[1] == "}" and after.end() == len(text) else {}
+        at = after.end()
+
+
+def _string(raw: bytes | bytearray) -> str:
+    """Return a JSON string's text; "" for anything else."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        return ""
+    return value if isinstance(value, str) else ""
+
+
+def model_of(body: bytes | bytearray) -> tuple[str, Member] | None:
+    """Return the model that a body names, and where; None if it can't be told."""
+    member = top_level(body).get("model")
+    if member is None:
+        return None
+    name = _string(body[member.start : member.end])
+    good = 0 < len(name) <= 256 and name.isprintable()
+    return (name, member) if good else None
+
+
+def with_value(body: bytes | bytearray, member: Member, text: str) -> bytes:
+    """Return the body with another text in one place; every other byte stays."""
+    value = json.dumps(text).encode()
+    return bytes(body[: member.start]) + value + bytes(body[member.end :])
+
+
+def _hashed(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(b"%d:" % len(part))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def conversation_key(values: Mapping[bytes, str], body: bytes | bytearray) -> str:
+    """Return what tells a request's conversation from others; "" if nothing does.
+
+    Claude Code's session with its agent, else the session in metadata.user_id, else
+    what stays the same from turn to turn: model, system, tools, first user message.
+    """
+    session = values.get(b"x-claude-code-session-id", "")
+    if session:
+        agent = values.get(b"x-claude-code-agent-id", "")
+        return _hashed(session.encode("latin-1"), agent.encode("latin-1"))
+    members = top_level(body)
+    session = _session_in(body, members)
+    if session:
+        return _hashed(session.encode("utf-8", "surrogatepass"))
+    parts = [
+        bytes(body[members[name].start : members[name].end])
+        for name in ("model", "system", "tools")
+        if name in members
+    ]
+    parts.append(_first_user_message(body, members))
+    return _hashed(*(_CACHE_MARK.sub(b"", p) for p in parts)) if any(parts) else ""
+
+
+def _session_in(body: bytes | bytearray, members: Mapping[str, Member]) -> str:
+    """Return the session that metadata.user_id names, in either of its formats."""
+    if "metadata" not in members:
+        return ""
+    try:
+        metadata = json.loads(body[slice(*members["metadata"])])
+        user = metadata["user_id"]
+        if user.startswith("{"):
+            return str(json.loads(user)["session_id"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
+    match = _OLD_SESSION.search(user)
+    return match[1] if match else ""
+
+
+def _first_user_message(
+    body: bytes | bytearray, members: Mapping[str, Member]
+) -> bytes:
+    """Return the content of the first message of the user's, as it is written."""
+    if "messages" not in members:
+        return b""
+    text = str(body[slice(*members["messages"])], "latin-1")
+    after = _OPENING.match(text)
+    for _ in range(FIRST_MESSAGES):
+        at = after.end() if after else 0
+        end = _value_end(text, at)
+        message = text[at : max(at, end)].encode("latin-1")
+        inside = top_level(message)
+        if message[slice(*inside.get("role", (0, 0)))] == b'"user"':
+            return message[slice(*inside.get("content", (0, 0)))]
+        after = _AFTER_VALUE.match(text, end) if end > 0 else None
+    return b""
+
+
+def cache_ttl_s(body: bytes | bytearray) -> float:
+    """Return how long the cache that a request asks for stays warm."""
+    return 3600.0 if b'"1h"' in body and _LONG_CACHE.search(body) else 300.0
+
+
+_CLAUDE_NAME = re.compile(r"claude-(?:([a-z]+)-(\d+)|(\d+)(?:-\d+)?-([a-z]+))")
+
+
+@lru_cache(maxsize=256)
+def model_bucket(model: str) -> str:
+    """Return the class of models that share their limits: opus-4, sonnet-5 ...
+
+    Source: the API's rate limits are per model class, Opus 4.x one and Opus 5 another.
+    """
+    found = _CLAUDE_NAME.search(model.lower())
+    if found is None:
+        return model.lower()[:64]
+    return f"{found[1] or found[4]}-{found[2] or found[3]}"
+
+
+def model_family(model: str) -> str:
+    """Return opus, sonnet, haiku ..., "" for models that are none of Claude's."""
+    found = _CLAUDE_NAME.search(model.lower())
+    return (found[1] or found[4]) if found else ""
+
+
+# ============================================================================
+# 9. ACCESS (pure)
 # ============================================================================
 #
 # Who may ask what.  Rule: it is decided from the head alone, before any byte of a
@@ -1780,6 +2920,8 @@ class Access:
         self._passes_credentials = passes_credentials
         self._hosts = _own_hosts(settings, port)
         self._keys = [_digest(k.reveal()) for k in settings.client_keys]
+        admin = settings.admin_key
+        self._admin_key = [_digest(admin.reveal())] if admin else []
         self._admit_memo = lru_cache(maxsize=256)(self._admit)
 
     def admit(self, head: RequestHead) -> Admission:
@@ -1818,6 +2960,31 @@ class Access:
             return admission
         lines = (line for name, line in head.lines if name in _CREDENTIALS - ours)
         return admission._replace(credentials=tuple(lines))
+
+    def check_reader(self, head: RequestHead) -> None:
+        """Refuse who may not see what runs: who has no client key, if any is set."""
+        self._check_key(head)
+
+    def check_change(self, head: RequestHead, address: str, *, has_body: bool) -> None:
+        """Refuse who may not change anything: web pages, and strangers."""
+        if head.browser:
+            raise RefusedError(403, "a web page may not change anything here")
+        kind = head.values.get(b"content-type", "").partition(";")[0].strip().lower()
+        if has_body and kind != "application/json":
+            raise RefusedError(415, "a body here must be application/json")
+        if self._admin_key:
+            sent = [head.values.get(name, "") for name in _CREDENTIALS]
+            good = [self._is_one_of(value, self._admin_key) for value in sent]
+            if True not in good:
+                raise RefusedError(
+                    401,
+                    "changes need server.adminKey, in x-api-key or as Authorization:"
+                    " Bearer",
+                )
+        elif not is_loopback(address):
+            raise RefusedError(
+                403, "changes are for this machine only, unless server.adminKey is set"
+            )
 
     def is_own_host(self, host: str) -> bool:
         """Tell whether a Host field names this proxy."""
@@ -1870,7 +3037,7 @@ class Access:
         if not self._keys:
             return frozenset()
         sent = {name: head.values.get(name, "") for name in _CREDENTIALS}
-        ours = frozenset(name for name, value in sent.items() if self._is_key(value))
+        ours = frozenset(n for n, v in sent.items() if self._is_one_of(v, self._keys))
         if not ours:
             raise RefusedError(
                 401,
@@ -1879,16 +3046,17 @@ class Access:
             )
         return ours
 
-    def _is_key(self, value: str) -> bool:
+    @staticmethod
+    def _is_one_of(value: str, keys: Sequence[bytes]) -> bool:
         """Compare with every key, in a time that tells nothing about them."""
         text = value[7:].strip() if value[:7].lower() == "bearer " else value
         digest = _digest(text)
-        matches = [hmac.compare_digest(digest, key) for key in self._keys]
+        matches = [hmac.compare_digest(digest, key) for key in keys]
         return True in matches
 
 
 # ============================================================================
-# 8. SSE (pure)
+# 10. SSE (pure)
 # ============================================================================
 #
 # Rule: the watch sees a copy; it never delays or changes a byte.
@@ -1942,8 +3110,45 @@ class SseWatch:
         return not self._tail or self._tail.endswith((b"\r\n\r\n", b"\r\r"))
 
 
+_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_EVENT_NAME = re.compile(rb"(?:^|[\r\n])event: ?([a-z_]+)")
+_EVENT_DATA = re.compile(rb"(?:^|[\r\n])data: ?([^\r\n]*)")
+_BEFORE_CONTENT = (b"message_start", b"ping")
+
+
+class SseGate:
+    """Finds out whether an event stream begins with content or with an error."""
+
+    __slots__ = ("_rest", "content", "error")
+
+    def __init__(self) -> None:
+        self._rest = b""
+        #: The first content has come.
+        self.content = False
+        #: The data of an error event that came before any content.
+        self.error = b""
+
+    def feed(self, payload: bytes) -> bool:
+        """Take what the stream carried; True once it is known."""
+        self._rest += payload
+        while not (self.content or self.error):
+            end = _EVENT_END.search(self._rest)
+            if end is None:
+                return False
+            event, self._rest = self._rest[: end.start()], self._rest[end.end() :]
+            self._judge(event)
+        return True
+
+    def _judge(self, event: bytes) -> None:
+        name, data = _EVENT_NAME.search(event), _EVENT_DATA.search(event)
+        if name is not None and name[1] == b"error":
+            self.error = data[1] if data is not None and data[1] else b"{}"
+        elif data is not None and (name is None or name[1] not in _BEFORE_CONTENT):
+            self.content = True
+
+
 # ============================================================================
-# 9. SELECTION (pure)
+# 11. SELECTION (pure)
 # ============================================================================
 #
 # Which endpoints may serve a request, and in which order they are tried.  The
@@ -1961,12 +3166,6 @@ _BODY_MARKS = (b'"file_', b'"container_', b'"skill_')
 def fixed_endpoint(endpoints: Sequence[Endpoint]) -> Endpoint:
     """Return the endpoint for paths that are not balanced."""
     return next((e for e in endpoints if e.default), endpoints[0])
-
-
-def order_from(endpoints: Sequence[Endpoint], turn: int) -> tuple[Endpoint, ...]:
-    """Return `endpoints` beginning with the one whose turn it is."""
-    start = turn % len(endpoints)
-    return (*endpoints[start:], *endpoints[:start])
 
 
 def named_ids(head: RequestHead, body: bytes | bytearray) -> tuple[str, ...]:
@@ -2004,40 +3203,620 @@ class JsonWatch:
         return tuple(m.decode("ascii") for m in wanted.findall(self._seen))
 
 
+class Candidate(Protocol):
+    """What a strategy may know of an endpoint that could serve now."""
+
+    endpoint: Endpoint
+    #: Its place in the configuration.
+    index: int
+    #: Attempts under way, and begun in all.
+    in_flight: int
+    used: int
+    #: Monotonic seconds of the last attempt's begin.
+    used_at: float
+    #: Average time to the first byte, None while there is no measure.
+    latency_ms: float | None
+    #: For `weighted`: what has been saved up (see `weighted`).
+    saved: float
+    #: What is left of its limits: 0 to 1, 1 where nothing is known.
+    headroom: float
+
+
+class Turn(NamedTuple):
+    """What a strategy knows besides the candidates."""
+
+    #: `index` of the endpoint chosen last; -1: none.
+    last: int
+    #: 0 to 1, for `random`.
+    chance: float
+    #: For `fastest`: a smaller gain is no reason to switch.
+    threshold_ms: float
+
+
+def round_robin(ready: Sequence[Candidate], turn: Turn) -> Candidate:
+    """Return the next one after the last chosen: even among those that are left."""
+    return next((c for c in ready if c.index > turn.last), ready[0])
+
+
+def weighted(ready: Sequence[Candidate], _: Turn) -> Candidate:
+    """Return the one that has saved up most: smooth weighted round-robin.
+
+    The pool pays each its weight a turn and takes the total from the chosen one,
+    so that weights 5, 1, 1 give a a b a c a a and no run of five.
+    """
+    return max(ready, key=lambda c: c.saved + c.endpoint.weight)
+
+
+def at_random(ready: Sequence[Candidate], turn: Turn) -> Candidate:
+    """Return any one."""
+    return ready[min(int(turn.chance * len(ready)), len(ready) - 1)]
+
+
+def least_used(ready: Sequence[Candidate], _: Turn) -> Candidate:
+    """Return the one with the fewest requests, then the one not used for longest."""
+    return min(ready, key=lambda c: (c.used, c.used_at))
+
+
+def least_busy(ready: Sequence[Candidate], turn: Turn) -> Candidate:
+    """Return the one with the fewest attempts under way; equals take turns."""
+    least = min(c.in_flight for c in ready)
+    return round_robin([c for c in ready if c.in_flight == least], turn)
+
+
+def headroom(ready: Sequence[Candidate], turn: Turn) -> Candidate:
+    """Return the one with most room in its limits; equals take turns."""
+    most = max(c.headroom for c in ready)
+    return round_robin([c for c in ready if c.headroom == most], turn)
+
+
+def fastest(ready: Sequence[Candidate], turn: Turn) -> Candidate:
+    """Return the quickest one; the last chosen stays for a gain below the threshold.
+
+    One without a measure goes first: it gets its measure so.
+    """
+    unknown = next((c for c in ready if c.latency_ms is None), None)
+    if unknown is not None:
+        return unknown
+    best = min(ready, key=lambda c: c.latency_ms or 0.0)
+    current = next((c for c in ready if c.index == turn.last), best)
+    gain = (current.latency_ms or 0.0) - (best.latency_ms or 0.0)
+    return best if gain >= turn.threshold_ms else current
+
+
+# `priority` is round-robin inside the lowest eligible priority, as all are.
+STRATEGIES: Mapping[str, Callable[[Sequence[Candidate], Turn], Candidate]] = {
+    "round_robin": round_robin,
+    "priority": round_robin,
+    "weighted": weighted,
+    "random": at_random,
+    "least_used": least_used,
+    "least_busy": least_busy,
+    "headroom": headroom,
+    "fastest": fastest,
+}
+
+
+def rendezvous(ready: Sequence[Candidate], key: str) -> Candidate:
+    """Return the candidate that a conversation belongs to.
+
+    Highest random weight: every instance with the same file agrees, and an endpoint
+    that comes or goes moves only its own conversations.
+    """
+    data = key.encode()
+
+    def score(candidate: Candidate) -> float:
+        name = candidate.endpoint.name.encode()
+        digest = hashlib.blake2b(data, digest_size=8, key=name[:64]).digest()
+        share = (int.from_bytes(digest, "big") + 1) / (2**64 + 1)
+        return candidate.endpoint.weight / -math.log(share)
+
+    return max(ready, key=score)
+
+
+class Target(NamedTuple):
+    """An endpoint that may serve a model, and under which name."""
+
+    endpoint: Endpoint
+    #: Lower numbers first.
+    priority: int
+    #: The name to send; None: as the client wrote it.
+    model: str | None = None
+
+
+def pattern_matches(pattern: str, model: str) -> bool:
+    """Tell whether `model` is what a pattern names: `*` is any text, case is none."""
+    parts = map(re.escape, pattern.lower().split("*"))
+    return re.fullmatch(".*".join(parts), model.lower(), re.S) is not None
+
+
+def targets_for(config: Config, model: str | None) -> tuple[Target, ...]:
+    """Return who may serve `model`, by routes, else by the endpoints' own lists.
+
+    An exact name goes before wildcards, those in file order.  None: unknown, so
+    that no route speaks of it.
+    """
+    enabled = config.enabled
+    if model is None:
+        return tuple(Target(e, e.priority) for e in enabled)
+    named = [r for r in config.routes if pattern_matches(r.pattern, model)]
+    exact = [r for r in named if r.pattern.lower() == model.lower()]
+    route = next((r for r in (*exact, *named) if r.steps), None)
+    if route is None and named:
+        return ()  # all its steps are disabled
+    if route is None:
+        return tuple(
+            Target(e, e.priority)
+            for e in enabled
+            if not e.models or any(pattern_matches(p, model) for p in e.models)
+        )
+    return tuple(
+        Target(e, e.priority if s.priority is None else s.priority, s.model)
+        for s in route.steps
+        for e in enabled
+        if s.endpoint == e.name or (s.group and s.group == e.group)
+    )
+
+
+def served_models(config: Config) -> tuple[str, ...]:
+    """Return the patterns of all that is served, for people."""
+    names = [r.pattern for r in config.routes]
+    for endpoint in config.enabled:
+        names += endpoint.models or ("*",)
+    return tuple(dict.fromkeys(names))
+
+
 # ============================================================================
-# 10. FAILOVER (pure)
+# 12. FAILOVER (pure)
 # ============================================================================
 #
-# Rule: an attempt is repeated only while it is certain that nothing was generated
-# for it; the ambiguous cases go to the client, whose own retry is its decision.
+# RULES is the policy: `judge` finds the row for what came, `next_step` says what
+# the exchange may still do about it.  Rule: an attempt is repeated only while it is
+# certain that nothing was generated for it; what is ambiguous goes to the client,
+# whose own retry is its decision.  `claude_lb.py explain` prints the table.
 
 
 class Verdict(Enum):
-    """What follows a failed attempt."""
+    """What follows an attempt's end."""
 
+    RELAY = "relay"
     ANOTHER = "another endpoint"
-    FRESH = "the same endpoint on a fresh connection"
-    GIVE_UP = "the error goes to the client"
+    ONE_MORE = "one other endpoint"
+    RETRY = "once more there, then another"
+    FRESH = "there, on a fresh connection"
+    AMBIGUOUS = "relay, or another by resendAmbiguous"
 
 
-def judge(error: UpstreamError, lane: Lane, method: str) -> Verdict:
-    """Return what follows `error`.
+class Scope(Enum):
+    """What a cooldown keeps attempts from."""
 
-    Connecting and sending leave the upstream with no complete request, so that
-    another may get it; a request to a fixed endpoint has no other.  A reused
-    connection that dies without an answer may be tried once more where doing
-    twice is doing once (RFC 9110 section 9.2.2).
-    """
-    if error.local:
-        return Verdict.GIVE_UP
-    if error.phase in (Phase.CONNECT, Phase.SEND):
-        if error.reused:
-            return Verdict.FRESH
-        return Verdict.GIVE_UP if lane is Lane.FIXED else Verdict.ANOTHER
+    NONE = "-"
+    MODEL = "model"
+    ENDPOINT = "endpoint"
+
+
+class Sign(Enum):
+    """What the end of an attempt shows besides its phase and status."""
+
+    NONE = "-"
+    LOCAL = "out of descriptors here"
+    NETWORK = "no network here"
+    CERTIFICATE = "bad certificate"
+    STALE = "kept connection dead"
+    SILENCE = "no answer in time"
+    PAGE = "a web page"
+    WINDOW = "stated reset"
+    MODEL_WINDOW = "stated reset of a model"
+    SPEND = "spend cap"
+    CREDIT = "speaks of limit or credit"
+    MODEL = "names the model"
+    EVENT = "error event"
+    CUT = "cut or silent"
+
+
+class Cooling(NamedTuple):
+    """How long a cooldown lasts: from `first_s` seconds doubling to `most_s`."""
+
+    first_s: float = 0.0
+    most_s: float = 0.0
+    #: Until the reset that the answer states: never a guess.
+    stated: bool = False
+    #: Somebody has to do something before it can serve again.
+    attention: bool = False
+
+    def length(self, failures: int) -> float:
+        """Return the seconds after so many failures in a row."""
+        return min(self.most_s, self.first_s * 2.0 ** min(failures - 1, 30))
+
+    def __str__(self) -> str:
+        if self.stated:
+            return "as stated"
+        if not self.first_s:
+            return "-"
+        if math.isinf(self.first_s):
+            return "until changed"
+        most = f" to {self.most_s:g}" if self.most_s > self.first_s else ""
+        return f"{self.first_s:g}{most} s"
+
+
+class Rule(NamedTuple):
+    """One row of the decision table."""
+
+    name: str
+    phase: Phase
+    #: Of the answer; empty: any, or there is none.
+    statuses: tuple[int, ...]
+    sign: Sign
+    verdict: Verdict
+    scope: Scope
+    cooling: Cooling
+    why: str
+
+    @property
+    def budgeted(self) -> bool:
+        """Tell whether trying again counts against the retry budget."""
+        ambiguous = self.verdict is Verdict.AMBIGUOUS
+        return ambiguous or any(s >= 500 for s in self.statuses)
+
+    @property
+    def harms(self) -> bool:
+        """Tell whether it says something against the endpoint."""
+        return self.scope is not Scope.NONE or self.sign is Sign.NETWORK
+
+
+_CONNECT, _SEND, _WAIT, _ANSWER, _GATE, _RELAY = Phase
+_BAD = (500, 502, 503, 521, 522, 523, 525, 526)
+_NOT = Cooling()
+_QUICK = Cooling(1.0, 60.0)
+_SHORT = Cooling(5.0, 60.0)
+_GROWING = Cooling(15.0, 120.0)
+_TEN_S = Cooling(10.0, 10.0)
+_TEN_MIN = Cooling(600.0, 600.0)
+_STATED = Cooling(most_s=STATED_MOST_S, stated=True)
+_CERTIFICATE = Cooling(60.0, 600.0, attention=True)
+_HOUR = Cooling(3600.0, 3600.0, attention=True)
+_CHANGED = Cooling(math.inf, math.inf, attention=True)
+
+# The first row that matches counts.
+# fmt: off
+RULES = (
+    Rule("own-fault", _CONNECT, (), Sign.LOCAL, Verdict.RELAY, Scope.NONE, _NOT,
+         "it says nothing of the endpoint"),
+    Rule("no-network", _CONNECT, (), Sign.NETWORK, Verdict.ANOTHER, Scope.NONE, _NOT,
+         "no route or no name server: every endpoint would look dead"),
+    Rule("certificate", _CONNECT, (), Sign.CERTIFICATE, Verdict.ANOTHER,
+         Scope.ENDPOINT, _CERTIFICATE,
+         "never unverified: see its caFile, or who stands in between"),
+    Rule("unreachable", _CONNECT, (), Sign.NONE, Verdict.ANOTHER, Scope.ENDPOINT,
+         _QUICK, "nothing was sent"),
+    Rule("stale-send", _SEND, (), Sign.STALE, Verdict.FRESH, Scope.NONE, _NOT,
+         "an idle connection's end says nothing of the endpoint"),
+    Rule("unsent", _SEND, (), Sign.NONE, Verdict.ANOTHER, Scope.ENDPOINT, _QUICK,
+         "an incomplete request is not served (RFC 9112 section 8)"),
+    Rule("stale-wait", _WAIT, (), Sign.STALE, Verdict.FRESH, Scope.NONE, _NOT,
+         "asking twice is asking once (RFC 9110 section 9.2.2)"),
+    Rule("silence", _WAIT, (), Sign.SILENCE, Verdict.AMBIGUOUS, Scope.ENDPOINT,
+         _SHORT, "an answer may be in the making, and is paid for"),
+    Rule("page", _WAIT, (), Sign.PAGE, Verdict.ANOTHER, Scope.ENDPOINT, _GROWING,
+         "a login page of the network, or a wrong baseURL: nobody generated"),
+    Rule("lost", _WAIT, (), Sign.NONE, Verdict.AMBIGUOUS, Scope.ENDPOINT, _SHORT,
+         "the whole request was sent: it may have been served"),
+    Rule("spend-cap", _ANSWER, (429,), Sign.SPEND, Verdict.ANOTHER, Scope.ENDPOINT,
+         _HOUR, "it holds until the cap is raised or the month ends"),
+    Rule("limited-model", _ANSWER, (429,), Sign.MODEL_WINDOW, Verdict.ANOTHER,
+         Scope.MODEL, _STATED, "limits are kept per model: its others can serve"),
+    Rule("limited", _ANSWER, (429,), Sign.WINDOW, Verdict.ANOTHER, Scope.ENDPOINT,
+         _STATED, "the credential's window is used up"),
+    Rule("throttled", _ANSWER, (429,), Sign.NONE, Verdict.ONE_MORE, Scope.NONE, _NOT,
+         "without a limit field it speaks of this request"),
+    Rule("credit", _ANSWER, (400, 403), Sign.CREDIT, Verdict.ANOTHER, Scope.ENDPOINT,
+         _HOUR, "the account is out of credit, or at its limit"),
+    Rule("payment", _ANSWER, (402,), Sign.NONE, Verdict.ANOTHER, Scope.ENDPOINT,
+         _HOUR, "the account's billing"),
+    Rule("credential", _ANSWER, (401,), Sign.NONE, Verdict.ANOTHER, Scope.ENDPOINT,
+         _CHANGED, "its credential is refused: configure another"),
+    Rule("forbidden", _ANSWER, (403,), Sign.NONE, Verdict.ANOTHER, Scope.MODEL,
+         _TEN_MIN, "this account may not use that model or feature"),
+    Rule("no-model", _ANSWER, (404,), Sign.MODEL, Verdict.ANOTHER, Scope.MODEL,
+         _TEN_MIN, "this account does not have that model"),
+    Rule("overloaded", _ANSWER, (529,), Sign.NONE, Verdict.RETRY, Scope.MODEL,
+         _TEN_S, "capacity is short for a moment, whoever asks"),
+    Rule("server-error", _ANSWER, _BAD, Sign.NONE, Verdict.ANOTHER, Scope.ENDPOINT,
+         _GROWING, "it says itself that it did not serve the request"),
+    Rule("working", _ANSWER, (504, 520, 524), Sign.NONE, Verdict.AMBIGUOUS,
+         Scope.ENDPOINT, _SHORT, "the origin was at work, and may still be"),
+    Rule("request", _ANSWER, (), Sign.NONE, Verdict.RELAY, Scope.NONE, _NOT,
+         "the request's own fault harms no endpoint"),
+    Rule("cut-early", _GATE, (), Sign.CUT, Verdict.AMBIGUOUS, Scope.ENDPOINT,
+         _GROWING, "it had begun to answer"),
+    Rule("error-late", _RELAY, (), Sign.EVENT, Verdict.RELAY, Scope.ENDPOINT,
+         _GROWING, "content has gone out: nothing is replayed"),
+    Rule("cut-late", _RELAY, (), Sign.CUT, Verdict.RELAY, Scope.ENDPOINT, _GROWING,
+         "content has gone out: the client sees the cut, and decides"),
+)
+# fmt: on
+OWN_RULE = next(r for r in RULES if r.name == "request")
+
+
+class Finding(NamedTuple):
+    """What is known of an attempt's end: what `judge` looks at."""
+
+    phase: Phase
+    status: int = 0
+    sign: Sign = Sign.NONE
+    #: `error.type` of the answer's body, where it was read.
+    kind: str = ""
+
+
+class Chances(NamedTuple):
+    """What an exchange may still do."""
+
+    #: Other endpoints that may still be asked.
+    endpoints: int
+    #: Retries in place left at this endpoint.
+    retries: int
+    #: The ambiguous may be sent again.
+    resend: bool
+    #: Endpoints asked before this one.
+    tried: int
+
+
+def judge(finding: Finding, settings: FailoverSettings) -> Rule:
+    """Return the row for `finding`; settings may move a status or type."""
+    wish = settings.error_types.get(finding.kind, settings.statuses.get(finding.status))
+    found = next((r for r in RULES if _matches(r, finding)), OWN_RULE)
+    if wish is None or finding.phase is not Phase.ANSWER:
+        return found
+    why, statuses = "the configuration says so", (finding.status,)
+    if wish == "relay":
+        return OWN_RULE._replace(name="configured", statuses=statuses, why=why)
+    if found.verdict not in (Verdict.RELAY, Verdict.AMBIGUOUS):
+        return found
+    harm = found if found.harms else found._replace(cooling=_GROWING)
+    return harm._replace(
+        name="configured",
+        statuses=statuses,
+        verdict=Verdict.ANOTHER,
+        scope=Scope.ENDPOINT,
+        why=why,
+    )
+
+
+def _matches(rule: Rule, finding: Finding) -> bool:
+    return (
+        rule.phase is finding.phase
+        and (not rule.statuses or finding.status in rule.statuses)
+        and rule.sign in (finding.sign, Sign.NONE)
+    )
+
+
+def next_step(rule: Rule, chances: Chances) -> Verdict:
+    """Return what to do now: RELAY, ANOTHER, RETRY or FRESH."""
+    verdict = rule.verdict
+    if verdict is Verdict.RETRY and chances.retries > 0:
+        return Verdict.RETRY
+    if verdict is Verdict.RETRY:
+        verdict = Verdict.ANOTHER
+    if verdict is Verdict.AMBIGUOUS:
+        verdict = Verdict.ANOTHER if chances.resend else Verdict.RELAY
+    if verdict is Verdict.ONE_MORE:
+        verdict = Verdict.RELAY if chances.tried else Verdict.ANOTHER
+    if verdict is Verdict.ANOTHER and chances.endpoints <= 0:
+        return Verdict.RELAY
+    return verdict
+
+
+def finding_for(error: UpstreamError, lane: Lane, method: str) -> Finding:
+    """Return what an attempt without an answer shows."""
+    sign = Sign.NONE
     repeatable = lane is Lane.COUNT or method in ("GET", "HEAD")
-    if error.reused and repeatable and not error.timed_out:
-        return Verdict.FRESH
-    return Verdict.GIVE_UP
+    stale = error.phase is Phase.SEND or (repeatable and not error.timed_out)
+    if error.local:
+        return Finding(Phase.CONNECT, sign=Sign.LOCAL)
+    if error.network:
+        sign = Sign.NETWORK
+    elif error.certificate:
+        sign = Sign.CERTIFICATE
+    elif error.page:
+        sign = Sign.PAGE
+    elif error.reused and stale:
+        sign = Sign.STALE
+    elif error.phase is Phase.GATE:
+        sign = Sign.CUT
+    elif error.timed_out and error.phase is Phase.WAIT:
+        sign = Sign.SILENCE
+    return Finding(error.phase, sign=sign)
+
+
+# Source: the Messages API's errors; `error_code` where it gives one.
+_SPEND_CODES = ("enforced_spend_limit_reached", "contract_spend_limit_reached")
+_CREDIT = re.compile(
+    r"(?i)specified (?:workspace )?API usage limits|workspace API usage limits"
+    r"|credit balance is too low"
+)
+_ERROR_STATUS = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+
+
+def error_of(body: bytes) -> tuple[str, str, str]:
+    """Return (type, message, code) of an error's body or event, as far as told."""
+    try:
+        error = json.loads(body)["error"]
+        details = error.get("details") or {}
+        code = details.get("error_code", "") if isinstance(details, dict) else ""
+        return str(error.get("type", "")), str(error.get("message", "")), str(code)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "", "", ""
+
+
+def finding_of_answer(
+    status: int, body: bytes, *, stated: bool, limits: Mapping[str, str], model: str
+) -> Finding:
+    """Return what an error answer shows.
+
+    `stated` says that it states a reset; `limits` are its limit fields.
+    """
+    kind, message, code = error_of(body)
+    sign = Sign.NONE
+    if status == 429 and code in _SPEND_CODES:
+        sign = Sign.SPEND
+    elif status == 429 and stated:
+        sign = Sign.MODEL_WINDOW if model and _names_model(limits) else Sign.WINDOW
+    elif status in (400, 403) and _CREDIT.search(message):
+        sign = Sign.CREDIT
+    elif status == 404 and ("model:" in message or (model and model in message)):
+        sign = Sign.MODEL
+    return Finding(Phase.ANSWER, status, sign, kind)
+
+
+_MODEL_CLAIMS = ("seven_day_opus", "seven_day_sonnet")
+
+
+def _names_model(limits: Mapping[str, str]) -> bool:
+    """Tell whether a limit is one model's.
+
+    Subscriptions name the window that counts; the API keeps every limit per class
+    of models.
+    """
+    claim = limits.get("unified-representative-claim", "")
+    return claim in _MODEL_CLAIMS or not any(k.startswith("unified-") for k in limits)
+
+
+def cooldown_key(rule: Rule, model: str, limits: Mapping[str, str]) -> str:
+    """Return whose cooldown it is: "" the endpoint's, else that of a model bucket."""
+    if rule.scope is not Scope.MODEL or not model:
+        return ""
+    claim = limits.get("unified-representative-claim", "")
+    whole = claim in _MODEL_CLAIMS and model_family(model)
+    return whole or model_bucket(model)
+
+
+def trouble_keys(model: str | None) -> tuple[str, ...]:
+    """Return the keys of the cooldowns that concern a request for `model`."""
+    if not model:
+        return ("",)
+    return ("", model_bucket(model), model_family(model) or "-")
+
+
+_OUTSIDE = re.compile(
+    rb'"mcp_servers"\s*:\s*\[\s*[^\]\s]'
+    rb'|"type"\s*:\s*"(?:web_search|web_fetch|code_execution|mcp_toolset)_?'
+)
+
+
+def acts_outside(body: bytes | bytearray) -> bool:
+    """Tell whether serving a request has effects that a second time would double."""
+    return _OUTSIDE.search(body) is not None
+
+
+def event_status(kind: str) -> int:
+    """Return the status that an error event's type stands for."""
+    return _ERROR_STATUS.get(kind, 500)
+
+
+class RetryBudget:
+    """Bounds repeated attempts to a fifth of the requests of the last ten seconds.
+
+    So that a full outage is not made worse: at most 1.2 upstream calls a request.
+    """
+
+    def __init__(self) -> None:
+        self._asked = [0] * BUDGET_S
+        self._spent = [0] * BUDGET_S
+        self._second = 0
+
+    def _advance(self, now: float) -> int:
+        second = int(now)
+        for passed in range(max(self._second + 1, second - BUDGET_S + 1), second + 1):
+            self._asked[passed % BUDGET_S] = self._spent[passed % BUDGET_S] = 0
+        self._second = second
+        return second % BUDGET_S
+
+    def count(self, now: float) -> None:
+        """Count a request; `now` is monotonic."""
+        self._asked[self._advance(now)] += 1
+
+    def take(self, now: float) -> bool:
+        """Take one retry out; False if there is none left."""
+        slot = self._advance(now)
+        allowed = max(BUDGET_LEAST, BUDGET_SHARE * sum(self._asked))
+        if sum(self._spent) + 1 > allowed:
+            return False
+        self._spent[slot] += 1
+        return True
+
+
+class Repeats:
+    """Knows the bodies that failed within a minute: a client's own retry.
+
+    Claude Code always says x-stainless-retry-count: 0, so its body has to tell.
+    """
+
+    def __init__(self) -> None:
+        self._seen: collections.OrderedDict[bytes, float] = collections.OrderedDict()
+
+    @staticmethod
+    def _digest(body: bytes | bytearray) -> bytes:
+        """Hash a body by its length, start and end: whole, 32 MB take 40 ms."""
+        view = memoryview(body)
+        digest = hashlib.blake2b(b"%d " % len(view), digest_size=16)
+        digest.update(view[:READ_BYTES])
+        digest.update(view[-READ_BYTES:])
+        return digest.digest()
+
+    def remember(self, body: bytes | bytearray, now: float) -> None:
+        """Take note that a request with `body` has failed."""
+        key = self._digest(body)
+        self._seen[key] = now + REPEAT_S
+        self._seen.move_to_end(key)
+        while len(self._seen) > REPEATS:
+            self._seen.popitem(last=False)
+
+    def has(self, body: bytes | bytearray, now: float) -> bool:
+        """Tell whether one with the same body has failed of late."""
+        return bool(self._seen) and self._seen.get(self._digest(body), 0.0) > now
+
+
+class Exhaustion(NamedTuple):
+    """Why nobody may serve a request now."""
+
+    #: Seconds until the soonest stated reset, where all are limited.
+    reset_s: float | None
+    #: One phrase for each endpoint.
+    states: tuple[str, ...]
+    #: No endpoint serves that model at all.
+    unserved: bool
+    #: The endpoint that the client insists on, where there is none of that name.
+    unknown: str = ""
+
+
+def refusal_for_exhaustion(
+    model: str | None, exhaustion: Exhaustion, served: Sequence[str]
+) -> RefusedError:
+    """Return the answer to the client when nobody may serve its request."""
+    states = "; ".join(exhaustion.states)
+    if exhaustion.unknown:
+        text = f"x-claude-lb-endpoint: no endpoint {exhaustion.unknown} serves here"
+        return RefusedError(400, text, close=False)
+    if exhaustion.unserved:
+        text = f"no endpoint here serves the model {model}: served are"
+        return RefusedError(403, f"{text} {', '.join(served)}", close=False)
+    if exhaustion.reset_s is None:
+        return RefusedError(503, f"no endpoint may serve now: {states}", close=False)
+    wait_s = math.ceil(exhaustion.reset_s)
+    fields = [("Retry-After", str(wait_s))]
+    if wait_s > PATIENCE_S:
+        fields.append(("x-should-retry", "false"))
+    text = f"every endpoint is at its limit, the first again in {wait_s} s: {states}"
+    return RefusedError(429, text, fields=tuple(fields), close=False)
 
 
 def refusal_for(error: UpstreamError, tried: Sequence[Endpoint]) -> RefusedError:
@@ -2052,14 +3831,14 @@ def refusal_for(error: UpstreamError, tried: Sequence[Endpoint]) -> RefusedError
         fields = (("Retry-After", str(RETRY_AFTER_S)),)
         return RefusedError(503, message, fields=fields, close=False)
     retry: tuple[tuple[str, str], ...] = ()
-    if error.phase is Phase.WAIT and not error.settled:
+    if error.phase in (Phase.WAIT, Phase.GATE) and not error.page:
         retry = (("x-should-retry", "true"),)
     status = 408 if error.timed_out and error.phase is Phase.WAIT else 502
     return RefusedError(status, message, fields=retry, close=False)
 
 
 # ============================================================================
-# 11. LOG
+# 13. LOG
 # ============================================================================
 #
 # Rule: an exchange is one line, written once, when it ends.  Secrets and bodies
@@ -2113,12 +3892,16 @@ class Log:
     ) -> None:
         self._clock = clock
         self._path = settings.file
-        self._json = settings.format == "json"
         self._color = color
-        self._threshold = LEVELS[settings.level]
-        self.detail = "info" if settings.lifecycle else "debug"
+        self.configure(settings)
         self._lock = threading.Lock()  # guards the order of lines and _fd
         self._fd = self._open() if self._path else _standard_error()
+
+    def configure(self, settings: LogSettings) -> None:
+        """Take over another level and format; the file stays."""
+        self._json = settings.format == "json"
+        self._threshold = LEVELS[settings.level]
+        self.detail = "info" if settings.lifecycle else "debug"
 
     def _open(self) -> int:
         """Open the log file, never through a link; raises OSError."""
@@ -2215,112 +3998,725 @@ class Log:
 
 
 # ============================================================================
-# 12. POOL
+# 14. POOL
 # ============================================================================
 #
 # Rule: one lock; under it only arithmetic and pure functions.  Check-and-take is
-# one step: `reserve` moves the turn and counts the attempt in.
+# one step: `reserve` chooses, moves the turn and counts the attempt in.
 
 
-class _Live:
-    """What changes about one endpoint."""
+class Ask(NamedTuple):
+    """What a request wants of the pool."""
 
-    __slots__ = ("answering", "in_flight", "why")
+    lane: Lane
+    #: None where it is not known, or makes no difference.
+    model: str | None = None
+    #: Of things that one endpoint has made: it alone can serve them.
+    ids: tuple[str, ...] = ()
+    #: Key of the conversation it belongs to; "" without affinity.
+    conversation: str = ""
+    #: How long the conversation's cache stays warm.
+    ttl_s: float = 0.0
+    #: Name of the endpoint that the client insists on.
+    forced: str = ""
+
+
+class Trouble:
+    """Why an endpoint, or a model on it, gets no attempt now, or few."""
+
+    __slots__ = ("failures", "in_flight", "limit", "rule", "since", "until", "why")
 
     def __init__(self) -> None:
+        self.rule = OWN_RULE
+        self.why = ""
+        self.failures = 0
+        #: Monotonic: of the last failure, and of the cooldown's end.
+        self.since = self.until = 0.0
+        #: Attempts allowed at once after the end: one probe, then 2, 4 ...
+        self.limit = 1
         self.in_flight = 0
+
+    def begin(self, rule: Rule, why: str, length_s: float, now: float) -> None:
+        """Start a cooldown, or let the one that ends later go on."""
+        self.failures += 1
+        self.since, self.limit = now, 1
+        if now + length_s >= self.until:
+            self.rule, self.why, self.until = rule, why, now + length_s
+
+    def holds(self, now: float) -> bool:
+        """Tell whether no attempt may begin."""
+        return now < self.until or self.in_flight >= self.limit
+
+    def told(self, key: str, now: float) -> str:
+        """Return it in a few words; `key` is "" or the model it is about."""
+        about = f"{key}: " if key else ""
+        left = self.until - now
+        if left <= 0:
+            return f"{about}recovering, {self.limit} at a time after {self.rule.name}"
+        if math.isinf(left):
+            return f"{about}{self.why}: {self.rule.why}"
+        return f"{about}cools down {left:.0f} s more ({self.rule.name}): {self.why}"
+
+
+class Live:
+    """What changes about one endpoint; see Candidate."""
+
+    __slots__ = (
+        "answering",
+        "endpoint",
+        "failed",
+        "failed_at",
+        "headroom",
+        "in_flight",
+        "index",
+        "latency_ms",
+        "limits",
+        "limits_at",
+        "paused",
+        "saved",
+        "seen_at",
+        "succeeded",
+        "troubles",
+        "used",
+        "used_at",
+        "why",
+    )
+
+    def __init__(self, endpoint: Endpoint, index: int) -> None:
+        self.endpoint = endpoint
+        self.index = index
+        self.in_flight = self.used = self.succeeded = self.failed = 0
+        self.used_at = self.saved = 0.0
+        #: Monotonic: of the last evidence, and of the last failure.
+        self.seen_at = self.failed_at = -math.inf
+        self.paused = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Know nothing of it: it is another service now."""
         self.answering: bool | None = None
         self.why = "nothing seen yet"
+        self.latency_ms: float | None = None
+        #: Field lines of the last answer that spoke of limits, and when.
+        self.limits, self.limits_at = b"", 0.0
+        self.headroom = 1.0
+        self.troubles: dict[str, Trouble] = {}
+
+    def hear(self, limits: bytes, now: float) -> None:
+        """Take an answer's field lines, which speak of limits."""
+        self.limits, self.limits_at = limits, now
+        self.headroom = headroom_of(limits)
+
+    def felt(self, first_byte_ms: float) -> None:
+        """Take a time to the first byte into the average."""
+        old = self.latency_ms
+        share = 1.0 if old is None else LATENCY_SHARE
+        self.latency_ms = (old or 0.0) + share * (first_byte_ms - (old or 0.0))
+
+    def cool(
+        self, lease: Lease, evidence: Evidence, wanted_s: float | None, now: float
+    ) -> str:
+        """Begin a cooldown; return what to tell people, "" if it has begun already.
+
+        `wanted_s` is failover.cooldown.
+        """
+        rule = evidence.rule
+        trouble = self.troubles.setdefault(evidence.key, Trouble())
+        if now < trouble.until and not (rule.cooling.stated or rule.cooling.attention):
+            return (
+                ""  # the same failure once more: it began before, or as a last resort
+            )
+        length_s = evidence.length_s(trouble.failures + 1, wanted_s)
+        trouble.begin(rule, evidence.why, length_s, now)
+        about = f" for {evidence.key}" if evidence.key else ""
+        shown = (
+            f"{length_s:.0f} s" if math.isfinite(length_s) else "until it is changed"
+        )
+        return f"{self.endpoint.name} cools down{about}, {shown}: {rule.name}"
+
+    def recover(self, lease: Lease, now: float) -> bool:
+        """After a cooldown each good answer lets twice as many attempts begin.
+
+        Returns whether one is over and done with.
+        """
+        ended = False
+        for key, trouble in lease.troubles.items():
+            if self.troubles.get(key) is not trouble or lease.since < trouble.since:
+                continue
+            trouble.until = min(trouble.until, now)
+            trouble.limit *= 2
+            if trouble.limit > RAMP_MOST:
+                del self.troubles[key]
+                ended = True
+        return ended
+
+    def may_serve(self, keys: Sequence[str], now: float) -> bool:
+        """Tell whether an attempt may begin; `keys` name what it is for."""
+        if self.paused:
+            return False
+        found = self.troubles
+        return not found or not any(k in found and found[k].holds(now) for k in keys)
+
+    def ends_at(self, keys: Sequence[str], now: float) -> tuple[float, bool, bool]:
+        """Return when its cooldowns end, whether a limit holds, attention is needed."""
+        found = [self.troubles[k] for k in keys if k in self.troubles]
+        return (
+            max((t.until for t in found), default=now),
+            any(t.rule.cooling.stated and t.until > now for t in found),
+            any(t.rule.cooling.attention for t in found),
+        )
+
+    def resets_at(self, keys: Sequence[str], now: float) -> float | None:
+        """Return when its limit ends, as stated; None if none holds.
+
+        Infinite where it can't serve then either.
+        """
+        found = [self.troubles[k] for k in keys if k in self.troubles]
+        stated = [t.until for t in found if t.rule.cooling.stated and t.until > now]
+        if not stated:
+            return None
+        attention = any(t.rule.cooling.attention for t in found)
+        return math.inf if attention else max(stated)
+
+    def state(self, now: float) -> str:
+        """Return in a few words why it serves or does not."""
+        if not self.endpoint.enabled:
+            return "disabled"
+        if self.paused:
+            return "paused"
+        told = [t.told(k, now) for k, t in self.troubles.items()]
+        return "; ".join(told) or self.why
+
+    def snapshot(self, now: float) -> EndpointSnapshot:
+        """Return a frozen copy."""
+        word = "disabled" if not self.endpoint.enabled else "unknown"
+        if self.endpoint.enabled and self.answering is not None:
+            word = "ok" if self.answering else "failing"
+        if "" in self.troubles:  # those of one model leave it its others
+            waiting = self.troubles[""].until > now
+            word = "cooling" if waiting else "recovering"
+        attention = any(t.rule.cooling.attention for t in self.troubles.values())
+        return EndpointSnapshot(
+            endpoint=self.endpoint,
+            in_flight=self.in_flight,
+            answering=self.answering,
+            why=self.state(now),
+            state="paused" if self.paused else word,
+            needs_attention=attention,
+            cooldowns=tuple(
+                (k, t.rule.name, max(0.0, t.until - now))
+                for k, t in self.troubles.items()
+            ),
+            latency_ms=self.latency_ms,
+            used=self.used,
+            succeeded=self.succeeded,
+            failed=self.failed,
+            seen_s=now - self.seen_at,
+            failed_s=now - self.failed_at,
+            limits=limit_fields(self.limits),
+        )
+
+
+class Lease:
+    """An attempt that is counted in.  To be settled once."""
+
+    __slots__ = ("ask", "endpoint", "live", "model", "since", "troubles")
+
+    def __init__(self, live: Live, ask: Ask, model: str | None, now: float) -> None:
+        self.live = live
+        self.endpoint = live.endpoint
+        self.ask = ask
+        #: The model's name to send in place of the client's.
+        self.model = model
+        self.since = now
+        #: What it tries out: whether that is over.
+        self.troubles: dict[str, Trouble] = {}
+
+    def is_current(self) -> bool:
+        """Tell whether the endpoint is still the one that was asked."""
+        now = self.live.endpoint
+        return now is self.endpoint or same_service(now, self.endpoint)
+
+
+class Evidence(NamedTuple):
+    """In what an attempt has failed."""
+
+    rule: Rule
+    why: str
+    #: Whose cooldown it is: "" the endpoint's, else of a model bucket.
+    key: str = ""
+    #: Seconds until the stated reset.
+    stated_s: float | None = None
+    #: Field lines that speak of limits.
+    limits: bytes = b""
+
+    def cools(self, lease: Lease) -> bool:
+        """Tell whether it begins a cooldown; a client's own credential does not."""
+        passing = lease.endpoint.auth_type is AuthType.PASSTHROUGH
+        clients = passing and any(s < 500 for s in self.rule.statuses)
+        return self.rule.scope is not Scope.NONE and not clients
+
+    def length_s(self, failures: int, wanted_s: float | None) -> float:
+        """Return the cooldown's length; `wanted_s` is failover.cooldown."""
+        cooling = self.rule.cooling
+        stated_s = min(self.stated_s or 0.0, cooling.most_s)
+        if cooling.stated:
+            return stated_s
+        length_s = cooling.length(failures)
+        if wanted_s is not None and not cooling.attention:
+            length_s = wanted_s
+        return max(length_s, stated_s)
+
+
+class _Plan:
+    """Who may serve a model: tiers by priority, and the names to send."""
+
+    def __init__(
+        self, tiers: tuple[tuple[Live, ...], ...], models: Mapping[Live, str]
+    ) -> None:
+        self.tiers = tiers
+        self.models = models
+        #: `index` of the endpoint chosen last: each plan has turns of its own.
+        self.last = -1
+
+
+def _last_resort(
+    plan: _Plan, keys: Sequence[str], tried: Collection[str], now: float
+) -> Live | None:
+    """Return whose cooldown ends first: errors alone never eject the last one.
+
+    A stated limit does; so does, for a second attempt, what needs attention.
+    """
+    waiting = []
+    for live in itertools.chain.from_iterable(plan.tiers):
+        until, stated, attention = live.ends_at(keys, now)
+        usable = not live.paused and live.endpoint.name not in tried
+        if usable and not stated and not (attention and tried):
+            waiting.append((until, live.index, live))
+    return min(waiting)[2] if waiting else None
+
+
+class _Plans:
+    """Who may serve which model, by one configuration."""
+
+    def __init__(self, config: Config, lives: Mapping[str, Live]) -> None:
+        self._config = config
+        self._lives = lives
+        self._made: dict[str | None, _Plan] = {}
+        #: A request's model makes a difference.
+        self.routed = bool(config.routes) or any(e.models for e in config.endpoints)
+
+    def of(self, model: str | None) -> _Plan:
+        """Return the plan for a model; None: not known, or of no importance."""
+        wanted = model if self.routed else None
+        plan = self._made.get(wanted)
+        if plan is None:
+            if len(self._made) >= PLANS:
+                self._made.clear()  # names are the clients' to invent
+            plan = self._made[wanted] = self._make(wanted)
+        return plan
+
+    def _make(self, model: str | None) -> _Plan:
+        tiers: dict[int, list[Live]] = {}
+        models: dict[Live, str] = {}
+        seen: set[Live] = set()
+        for target in targets_for(self._config, model):
+            live = self._lives[target.endpoint.name]
+            if live in seen:
+                continue
+            seen.add(live)
+            tiers.setdefault(target.priority, []).append(live)
+            if target.model is not None:
+                models[live] = target.model
+        ranked = [sorted(tiers[p], key=lambda x: x.index) for p in sorted(tiers)]
+        return _Plan(tuple(map(tuple, ranked)), models)
+
+
+class _Memory:
+    """Where things were made and conversations are warm, by endpoint's name."""
+
+    def __init__(self) -> None:
+        #: id of a thing -> its maker.
+        self._pins: collections.OrderedDict[str, str] = collections.OrderedDict()
+        #: conversation -> its endpoint, and the monotonic end of its cache.
+        self._kept: collections.OrderedDict[str, tuple[str, float]]
+        self._kept = collections.OrderedDict()
+        #: Who succeeded last, and when.
+        self._good = ("", -math.inf)
+
+    def pin(self, ids: Sequence[str], maker: str) -> None:
+        """Remember who made the things that `ids` name."""
+        for one in ids:
+            self._pins[one] = maker
+            self._pins.move_to_end(one)
+        while len(self._pins) > PINS:
+            self._pins.popitem(last=False)
+
+    def has_pins(self) -> bool:
+        """Tell whether anything is pinned."""
+        return bool(self._pins)
+
+    def maker_of(self, ids: Sequence[str]) -> str:
+        """Return who made one of the things, "" if nobody is known."""
+        return next((self._pins[i] for i in ids if i in self._pins), "")
+
+    def succeed(self, name: str, ask: Ask, since: float, now: float) -> None:
+        """Take note of a good answer to a request that was sent at `since`."""
+        self._good = (name, now)
+        if not ask.conversation:
+            return
+        self._kept[ask.conversation] = (name, since + ask.ttl_s)
+        self._kept.move_to_end(ask.conversation)
+        while len(self._kept) > CONVERSATIONS:
+            self._kept.popitem(last=False)
+
+    def keeper(self, ask: Ask, settings: BalancingSettings, now: float) -> str:
+        """Return whose cache is warm for a request, "" if nobody's."""
+        name, until = "", 0.0
+        if settings.affinity == "last_good":
+            name, until = self._good[0], self._good[1] + settings.idle_s
+        elif settings.affinity == "conversation":
+            name, until = self._kept.get(ask.conversation, ("", 0.0))
+        return name if now < until else ""
+
+
+class _Chooser:
+    """Chooses endpoints by one configuration."""
+
+    def __init__(
+        self,
+        config: Config,
+        lives: Mapping[str, Live],
+        memory: _Memory,
+        chance: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._lives = lives
+        self._memory = memory
+        self._chance = chance
+        self._choose_by = STRATEGIES[config.balancing.strategy]
+        self._fixed = fixed_endpoint(config.enabled).name
+        self.plans = _Plans(config, lives)
+        #: Name of the endpoint that everything goes to; "": none.
+        self.manual = ""
+
+    def bound(self, ask: Ask) -> tuple[bool, Live | None]:
+        """Tell whether one endpoint alone may serve, and which if it can."""
+        maker = self._memory.maker_of(ask.ids) if ask.ids else ""
+        if maker not in self._lives:
+            maker = ""  # it was removed: nobody has what it made
+        fixed = ask.lane is Lane.FIXED or any(i.startswith("file_") for i in ask.ids)
+        default = self._fixed if fixed else self.manual
+        name = ask.forced or maker or default
+        live = self._lives.get(name)
+        return bool(name), live if live and live.endpoint.enabled else None
+
+    def choose(
+        self, ask: Ask, tried: Sequence[Endpoint], now: float, *, hindered: bool
+    ) -> Live | None:
+        """Return who serves a request next; None: nobody may."""
+        plan = self.plans.of(ask.model)
+        keys = trouble_keys(ask.model) if hindered else ("",)
+        names = {e.name for e in tried}  # a reload makes new objects
+        kept = self._keeper(plan, ask, tried, keys, now)
+        if kept is not None:
+            return kept
+        for tier in plan.tiers:
+            ready: Sequence[Live] = tier
+            if hindered or tried:
+                ready = [
+                    x
+                    for x in tier
+                    if x.endpoint.name not in names and x.may_serve(keys, now)
+                ]
+            if ready:
+                return self._pick(plan, ready, ask, now)
+        return _last_resort(plan, keys, names, now)
+
+    def _keeper(
+        self,
+        plan: _Plan,
+        ask: Ask,
+        tried: Sequence[Endpoint],
+        keys: Sequence[str],
+        now: float,
+    ) -> Live | None:
+        """Return the endpoint where a request's cache is warm, if it may serve."""
+        settings = self._config.balancing
+        if settings.affinity == "off" or tried:
+            return None
+        live = self._lives.get(self._memory.keeper(ask, settings, now))
+        if live is None or not live.may_serve(keys, now):
+            return None
+        return live if any(live in tier for tier in plan.tiers) else None
+
+    def _pick(self, plan: _Plan, ready: Sequence[Live], ask: Ask, now: float) -> Live:
+        if ask.conversation:
+            return rendezvous(ready, ask.conversation)  # type: ignore[return-value]
+        threshold = self._config.balancing.switch_threshold_ms
+        if self._choose_by is headroom:
+            for one in ready:
+                if now - one.limits_at > LIMITS_S:
+                    one.headroom = 1.0  # too old to go by: it gets a chance to tell
+        chosen = self._choose_by(ready, Turn(plan.last, self._chance(), threshold))
+        if ask.lane is not Lane.MESSAGES:
+            return chosen  # type: ignore[return-value]
+        plan.last = chosen.index
+        if self._choose_by is weighted:
+            for one in ready:
+                one.saved += one.endpoint.weight
+            chosen.saved -= sum(x.endpoint.weight for x in ready)
+        return chosen  # type: ignore[return-value]
+
+    def following(self, now: float) -> Candidate | None:
+        """Return whose turn it is, as far as that can be told."""
+        plan = self.plans.of(None)
+        turn = Turn(plan.last, 0.0, self._config.balancing.switch_threshold_ms)
+        for tier in plan.tiers:
+            ready = [x for x in tier if x.may_serve(("",), now)]
+            if ready:
+                return self._choose_by(ready, turn)
+        return None
 
 
 class Pool:
     """All endpoints with their live state.  Safe to share between threads."""
 
-    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
-        self._endpoints = tuple(endpoints)
-        self._enabled = tuple(e for e in endpoints if e.enabled)
-        self._orders = [order_from(self._enabled, i) for i in range(len(self._enabled))]
-        self._fixed = fixed_endpoint(self._enabled)
-        self._lock = threading.Lock()  # guards _turn, _live, _pins, _exchanges
-        self._turn = 0
+    def __init__(
+        self,
+        config: Config,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._clock = clock
+        self._chance = chance
+        self._lock = threading.Lock()  # guards all that follows
         self._exchanges = 0
-        self._live = {e: _Live() for e in endpoints}
-        self._pins: collections.OrderedDict[str, Endpoint] = collections.OrderedDict()
+        self._lives: dict[str, Live] = {}
+        self._memory = _Memory()
+        self._chooser: _Chooser
+        self._budget = RetryBudget()
+        self.configure(config)
 
-    def reserve(self, lane: Lane, ids: Sequence[str]) -> tuple[Endpoint, ...]:
-        """Return the endpoints for a request in the order of trying.
+    # -- configuration -------------------------------------------------------
 
-        A request that names `ids` goes to their maker alone.  Counts an exchange
-        in; `release` counts it out.
-        """
+    def configure(self, config: Config) -> None:
+        """Take over another configuration; endpoints that stay keep their state."""
+        with self._lock:
+            before, self._config = self._lives, config
+            self._lives = {}
+            for index, endpoint in enumerate(config.endpoints):
+                live = before.get(endpoint.name) or Live(endpoint, index)
+                if live.endpoint is not endpoint and not same_service(
+                    live.endpoint, endpoint
+                ):
+                    live.forget()
+                live.endpoint, live.index = endpoint, index
+                self._lives[endpoint.name] = live
+            former = getattr(self, "_chooser", None)
+            self._chooser = _Chooser(config, self._lives, self._memory, self._chance)
+            if former is not None:
+                self._chooser.plans.of(None).last = former.plans.of(None).last
+                if any(former.manual == e.name for e in config.enabled):
+                    self._chooser.manual = former.manual
+            self._note_hindered()
+
+    def _note_hindered(self) -> None:
+        """Bring up to date what lets the usual request skip every check."""
+        lives = self._lives.values()
+        self._hindered = any(x.paused or x.troubles for x in lives)
+        self._model_troubles = any(k for x in lives for k in x.troubles)
+
+    def needs_model(self) -> bool:
+        """Tell whether a request's model makes a difference now."""
+        return self._chooser.plans.routed or self._model_troubles
+
+    # -- one request ---------------------------------------------------------
+
+    def enter(self) -> None:
+        """Count an exchange in; `release` counts it out."""
         with self._lock:
             self._exchanges += 1
-            maker = next((self._pins[i] for i in ids if i in self._pins), None)
-            if maker is not None:
-                return (maker,)
-            if lane is Lane.FIXED or any(i.startswith("file_") for i in ids):
-                return (self._fixed,)  # whoever made it: files come from there
-            order = self._orders[self._turn % len(self._orders)]
-            if lane is Lane.MESSAGES:
-                self._turn += 1
-            return order[:MAX_ATTEMPTS]
+            self._budget.count(self._clock())
 
     def release(self) -> None:
         """Count an exchange out."""
         with self._lock:
             self._exchanges -= 1
 
-    def begin(self, endpoint: Endpoint) -> None:
-        """Count an attempt in."""
+    def may_repeat(self) -> bool:
+        """Take one repeated attempt out of the budget; False: there is none left."""
         with self._lock:
-            self._live[endpoint].in_flight += 1
+            return self._budget.take(self._clock())
 
-    def settle(
-        self, endpoint: Endpoint, *, answering: bool | None, why: str = ""
-    ) -> None:
-        """Count an attempt out, with what it showed; None if it showed nothing."""
+    def reserve(self, ask: Ask, tried: Sequence[Endpoint] = ()) -> Lease | None:
+        """Return the next attempt for a request, counted in; None: nobody may serve.
+
+        `tried` are the endpoints that it need not ask again.
+        """
+        now = self._clock()
         with self._lock:
-            live = self._live[endpoint]
+            bound, live = self._chooser.bound(ask)
+            if bound and (tried or live is None or live.paused):
+                return None
+            if not bound:
+                live = self._chooser.choose(ask, tried, now, hindered=self._hindered)
+            if live is None:
+                return None
+            model = self._chooser.plans.of(ask.model).models.get(live)
+            return self._take(live, ask, model, now)
+
+    def again(self, lease: Lease) -> Lease | None:
+        """Return a further attempt at the endpoint of `lease`, counted in.
+
+        None if the endpoint was removed or paused meanwhile.
+        """
+        live = self._lives.get(lease.endpoint.name)
+        with self._lock:
+            if live is not lease.live or live.paused or not lease.is_current():
+                return None
+            return self._take(lease.live, lease.ask, lease.model, self._clock())
+
+    def _take(self, live: Live, ask: Ask, model: str | None, now: float) -> Lease:
+        lease = Lease(live, ask, model, now)
+        live.in_flight += 1
+        live.used += 1
+        live.used_at = now
+        if live.troubles and ask.lane is Lane.MESSAGES:
+            keys, found = trouble_keys(ask.model), live.troubles
+            lease.troubles = {k: found[k] for k in keys if k in found}
+            for trouble in lease.troubles.values():
+                trouble.in_flight += 1
+        return lease
+
+    # -- what it has shown ---------------------------------------------------
+
+    def settle(self, lease: Lease, evidence: Evidence | None) -> str:
+        """Count an attempt out, with what it showed; None if it failed in nothing.
+
+        Returns what has changed, for the log; "" if nothing has.
+        """
+        live, now = lease.live, self._clock()
+        with self._lock:
             live.in_flight -= 1
-            self._learn(live, answering, why)
+            for trouble in lease.troubles.values():
+                trouble.in_flight -= 1
+            if evidence is None or not lease.is_current():
+                return ""
+            live.seen_at = now
+            if not evidence.key:
+                live.answering, live.why = not evidence.rule.harms, evidence.why
+            if evidence.limits:
+                live.hear(evidence.limits, now)
+            if not evidence.rule.harms:
+                return self._recover(lease, now)
+            live.failed += 1
+            live.failed_at = now
+            if lease.ask.lane is not Lane.MESSAGES or not evidence.cools(lease):
+                return ""  # what counts tokens or lists files is a lane of its own
+            told = live.cool(lease, evidence, self._config.failover.cooldown_s, now)
+            self._note_hindered()
+            return told
+
+    def _recover(self, lease: Lease, now: float) -> str:
+        if not lease.live.recover(lease, now):
+            return ""
+        self._note_hindered()
+        return f"{lease.endpoint.name} serves again"
+
+    def gain(self, lease: Lease, first_byte_ms: float, limits: bytes) -> str:
+        """Take note that an attempt has begun to answer well; see `settle`."""
+        live, ask, now = lease.live, lease.ask, self._clock()
+        with self._lock:
+            if not lease.is_current():
+                return ""
+            live.answering, live.why, live.seen_at = True, "answers", now
+            if limits:
+                live.hear(limits, now)
+            if ask.lane is not Lane.MESSAGES:
+                return ""
+            live.succeeded += 1
+            live.felt(first_byte_ms)
+            self._memory.succeed(live.endpoint.name, ask, lease.since, now)
+            return self._recover(lease, now) if live.troubles else ""
 
     def note(self, endpoint: Endpoint, *, answering: bool, why: str) -> None:
         """Take evidence that came without an attempt."""
         with self._lock:
-            self._learn(self._live[endpoint], answering, why)
-
-    @staticmethod
-    def _learn(live: _Live, answering: bool | None, why: str) -> None:
-        if answering is not None:
-            live.answering, live.why = answering, why
+            live = self._lives.get(endpoint.name)
+            if live is not None:
+                live.answering, live.why, live.seen_at = answering, why, self._clock()
 
     def pin(self, ids: Sequence[str], maker: Endpoint) -> None:
         """Remember which endpoint made the things that `ids` name."""
         with self._lock:
-            for one in ids:
-                self._pins[one] = maker
-                self._pins.move_to_end(one)
-            while len(self._pins) > PINS:
-                self._pins.popitem(last=False)
+            self._memory.pin(ids, maker.name)
 
     def has_pins(self) -> bool:
         """Tell whether any request could name something pinned."""
-        return bool(self._pins)
+        return self._memory.has_pins()
+
+    def slept(self, seconds: float) -> None:
+        """Let cooldowns pass that ran while the machine slept."""
+        with self._lock:
+            for live in self._lives.values():
+                for trouble in live.troubles.values():
+                    trouble.until -= seconds
+
+    # -- by hand -------------------------------------------------------------
+
+    def pause(self, name: str, *, paused: bool) -> bool:
+        """Give an endpoint no attempts, or attempts again; False: unknown name."""
+        with self._lock:
+            live = self._lives.get(name)
+            if live is None:
+                return False
+            live.paused = paused
+            self._note_hindered()
+            return True
+
+    def take_hold(self, name: str) -> bool:
+        """Send everything to one endpoint; "" lets go.  False: unknown name."""
+        with self._lock:
+            live = self._lives.get(name)
+            if name and (live is None or not live.endpoint.enabled):
+                return False
+            self._chooser.manual = name
+            return True
+
+    # -- looking at it -------------------------------------------------------
+
+    def exhaustion(self, ask: Ask) -> Exhaustion:
+        """Return why nobody may serve `ask` now."""
+        now, keys = self._clock(), trouble_keys(ask.model)
+        with self._lock:
+            lives = [
+                x for tier in self._chooser.plans.of(ask.model).tiers for x in tier
+            ]
+            bound, only = self._chooser.bound(ask)
+            if bound:
+                lives = [only] if only is not None else []
+            resets = [x.resets_at(keys, now) for x in lives if not x.paused]
+            stated = [r - now for r in resets if r is not None and math.isfinite(r)]
+            reset_s = min(stated) if stated and None not in resets else None
+            states = tuple(f"{x.endpoint.name}: {x.state(now)}" for x in lives)
+            unknown = ask.forced if not lives else ""
+            return Exhaustion(reset_s, states, not lives, unknown)
 
     def snapshot(self) -> PoolSnapshot:
         """Return a frozen copy of the live state."""
+        now = self._clock()
         with self._lock:
-            states = tuple(
-                EndpointSnapshot(e, x.in_flight, x.answering, x.why)
-                for e, x in self._live.items()
-            )
-            upcoming = self._orders[self._turn % len(self._orders)][0]
-            index = self._endpoints.index(upcoming)
-            return PoolSnapshot(states, index, self._exchanges)
+            lives = tuple(self._lives.values())
+            following = self._chooser.following(now) or lives[0]
+            index = self._lives.get(self._chooser.manual, following).index
+            states = tuple(x.snapshot(now) for x in lives)
+            return PoolSnapshot(states, index, self._exchanges, self._chooser.manual)
 
 
 # ============================================================================
-# 13. CONNECTIONS
+# 15. CONNECTIONS
 # ============================================================================
 #
 # Rule: every socket is non-blocking.  A thread that must wait does so here, and
@@ -2490,6 +4886,16 @@ class ClientConnection:
         if not self._wait(time.monotonic() + BODY_STALL_S):
             raise RefusedError(408, f"no byte of the body for {BODY_STALL_S:g} s")
 
+    def read_body(self, length: int, limit: int) -> bytes:
+        """Return a body of stated length; raises RefusedError."""
+        if length > limit:
+            raise RefusedError(413, f"a request body has {limit} bytes at most here")
+        while len(self.buffer) < length:
+            self._wait_for_body()
+            self._receive()
+        body, self.buffer = self.buffer[:length], self.buffer[length:]
+        return body
+
     def read_chunks(self, limit: int, hold: Callable[[int], None]) -> bytes:
         """Return the next chunked body, decoded; raises RefusedError."""
         reader = ChunkedReader(keep_payload=True)
@@ -2548,7 +4954,7 @@ class ClientConnection:
 
 
 # ============================================================================
-# 14. RELAY
+# 16. RELAY
 # ============================================================================
 #
 # One thread, one selector: whatever only waits for bytes waits here and holds no
@@ -2601,6 +5007,8 @@ class Relay:
         self._selector = selectors.DefaultSelector()
         self._tasks: collections.deque[Callable[[], None]] = collections.deque()
         self._moving: set[Moving] = set()
+        self._due: list[tuple[float, int, Callable[[], None]]] = []  # a heap
+        self._numbers = itertools.count()
         self._parked: dict[ClientConnection, float] = {}  # -> monotonic limit
         self._dismissed: dict[ClientConnection, float] = {}
         self._waker, self._woken = socket.socketpair()
@@ -2669,9 +5077,24 @@ class Relay:
             return False
         return True
 
+    def after(self, delay_s: float, task: Callable[[], None]) -> None:
+        """Have `task` done in `delay_s` seconds; in the relay's thread."""
+        entry = (time.monotonic() + delay_s, next(self._numbers), task)
+        heapq.heappush(self._due, entry)
+
+    def _pause_s(self) -> float:
+        """Return how long the selector may wait."""
+        if self._tasks:
+            return 0.0
+        if not self._due:
+            return SWEEP_S
+        return min(SWEEP_S, max(0.0, self._due[0][0] - time.monotonic()))
+
     def _turn(self) -> None:
-        ready = self._selector.select(0 if self._tasks else SWEEP_S)
+        ready = self._selector.select(self._pause_s())
         self.now = time.monotonic()
+        while self._due and self._due[0][0] <= self.now:
+            self._tasks.append(heapq.heappop(self._due)[2])
         for key, mask in ready:
             connection = key.data
             if connection is None:
@@ -2745,6 +5168,10 @@ class Relay:
         """Sweep `moving` no longer."""
         self._moving.discard(moving)
 
+    def owns(self, moving: Moving) -> bool:
+        """Tell whether `moving` is still under way."""
+        return moving in self._moving
+
     # -- clients between requests --------------------------------------------
 
     def next_request(self, client: ClientConnection) -> None:
@@ -2816,7 +5243,7 @@ class Relay:
 
 
 # ============================================================================
-# 15. UPSTREAM
+# 17. UPSTREAM
 # ============================================================================
 #
 # http.client owns the connection and its socket.  Its tunnel, send and response path
@@ -2825,6 +5252,7 @@ class Relay:
 # Rule: OSError, ssl and http.client errors become UpstreamError here, with the
 # phase that says what the upstream may have seen.
 
+_NETWORK_FAULTS = (errno.ENETUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL)
 _IGNORE_UNEXPECTED_EOF = 0x80  # ssl.OP_IGNORE_UNEXPECTED_EOF, from Python 3.10 on
 
 
@@ -2842,9 +5270,22 @@ def _failed(phase: Phase, endpoint: Endpoint, error: Exception) -> UpstreamError
         why = f"TLS: {error.reason or error}"
         if error.reason == "WRONG_VERSION_NUMBER":
             why = "it does not speak TLS there: is its baseURL http?"
-    verb = {Phase.CONNECT: "cannot connect to", Phase.SEND: "cannot send to"}
-    text = f"{verb.get(phase, 'lost the connection to')} {endpoint.authority}: {why}"
-    return UpstreamError(phase, f"{endpoint.name}: {text}")
+    verbs = {Phase.CONNECT: "cannot connect to", Phase.SEND: "cannot send to"}
+    verb = verbs.get(phase, "lost the connection to")
+    if phase is Phase.WAIT and isinstance(error, TimeoutError):
+        verb = "waited in vain for"
+    text = f"{verb} {endpoint.authority}: {why}"
+    return UpstreamError(
+        phase, f"{endpoint.name}: {text}", network=_is_our_network(error)
+    )
+
+
+def _is_our_network(error: Exception) -> bool:
+    """Tell whether this machine has lost its network, or its name server."""
+    cause = error.__cause__
+    if isinstance(cause, socket.gaierror):
+        return cause.errno == socket.EAI_AGAIN
+    return getattr(error, "errno", None) in _NETWORK_FAULTS
 
 
 _Address = tuple[int, Any]  # (family, socket address)
@@ -3191,15 +5632,12 @@ class Upstreams:
         clock: Callable[[], float] = time.monotonic,
         epoch: Callable[[], float] = time.time,  # noqa: TID251 - see idle_since
     ) -> None:
-        self._timeouts = config.timeouts
         self._relay = relay
         self._clock = clock
         self._epoch = epoch
         self._closed = False
-        self._idle: dict[Endpoint, collections.deque[UpstreamConnection]] = {
-            e: collections.deque() for e in config.endpoints
-        }
-        self._contexts = trust_contexts(config)
+        self._idle: dict[Endpoint, collections.deque[UpstreamConnection]] = {}
+        self.configure(config, trust_contexts(config))
 
     def connect(
         self, endpoint: Endpoint, client: ClientConnection | None
@@ -3207,16 +5645,31 @@ class Upstreams:
         """Return a connection, from any thread; raises UpstreamError."""
         until = self._clock() + self._timeouts.connect_s
         connection = UpstreamConnection(endpoint, client, until)
-        context = self._contexts[endpoint.ca_file] if endpoint.secure else None
+        # An endpoint that was removed meanwhile is not in the contexts any more
+        context = self._contexts.get(endpoint.ca_file) if endpoint.secure else None
+        if endpoint.secure and context is None:
+            raise UpstreamError(Phase.CONNECT, f"{endpoint.name} has been removed")
         connection.open(context, client)
         connection.stirred = partial(self._stirred, connection)
         return connection
 
     # -- in the relay's thread -----------------------------------------------
 
+    def configure(
+        self, config: Config, contexts: Mapping[str | None, ssl.SSLContext]
+    ) -> None:
+        """Take over another configuration; connections of its endpoints are kept."""
+        self._timeouts, self._contexts = config.timeouts, contexts
+        before, self._idle = self._idle, {}
+        for endpoint in config.endpoints:
+            self._idle[endpoint] = before.pop(endpoint, collections.deque())
+        for idle in before.values():
+            while idle:
+                self._relay.close(idle.pop())
+
     def take(self, endpoint: Endpoint) -> UpstreamConnection | None:
         """Return an idle connection that is alive, the youngest first."""
-        idle = self._idle[endpoint]
+        idle = self._idle.get(endpoint)
         while idle:
             connection = idle.pop()
             fresh = connection.is_fresh(self._clock(), self._epoch())
@@ -3228,7 +5681,7 @@ class Upstreams:
 
     def give_back(self, connection: UpstreamConnection) -> None:
         """Keep a connection whose answer has ended well."""
-        if self._closed:
+        if self._closed or connection.endpoint not in self._idle:
             self._relay.close(connection)
             return
         connection.idle_since = (self._clock(), self._epoch())
@@ -3257,7 +5710,7 @@ class Upstreams:
 
 
 # ============================================================================
-# 16. ATTEMPT
+# 18. ATTEMPT
 # ============================================================================
 #
 # One request on a connection, from its first byte to its answer's head.  It runs
@@ -3266,21 +5719,39 @@ class Upstreams:
 # Rule: an error says whether the upstream can have the whole request.
 
 
+class Held(Enum):
+    """Why an answer that was held back may go on."""
+
+    WHOLE = "its body is here"
+    ENOUGH = "what was looked for has come"
+    FULL = "it is longer than may be held"
+    LATE = "it takes too long"
+    CUT = "the upstream closed, or broke the framing"
+
+
+class Hold(NamedTuple):
+    """What is to be seen of an answer's body before the answer goes on."""
+
+    reader: BodyReader
+    most_bytes: int
+    within_s: float
+    #: Takes each piece of the payload; True: it may go on.
+    seen: Callable[[bytes], bool]
+
+
 class Caller(Protocol):
     """Who is told how an attempt has gone: exactly one of these, once."""
 
-    def answered(
-        self, upstream: UpstreamConnection, answer: AnswerHead
-    ) -> BodyReader | None:
+    def answered(self, upstream: UpstreamConnection, answer: AnswerHead) -> Hold | None:
         """Take the head; the body's first bytes are in the upstream's buffer.
 
-        Returning a reader asks for the whole body first, by `gathered`.
+        Returning a Hold asks for more of the body first, by `gathered`.
         """
 
     def gathered(
-        self, upstream: UpstreamConnection, answer: AnswerHead, body: bytes | None
+        self, upstream: UpstreamConnection, answer: AnswerHead, body: bytes, held: Held
     ) -> None:
-        """Take a body that was asked for; None: it is to stay as it came."""
+        """Take the payload that was asked for; the buffer has it as it came."""
 
     def failed(self, error: UpstreamError) -> None:
         """Take the reason why there is no answer."""
@@ -3300,9 +5771,9 @@ class Attempt:
         "_body",
         "_caller",
         "_fed",
+        "_hold",
         "_limit_s",
         "_method",
-        "_reader",
         "_relay",
         "_rest",
         "_since",
@@ -3326,7 +5797,7 @@ class Attempt:
         self._rest = memoryview(b"")  # of the request, still to be sent
         self._since = relay.now  # of the last byte sent, or of the last one read
         # While a body is gathered
-        self._reader: BodyReader | None = None
+        self._hold: Hold | None = None
         self._answer: AnswerHead | None = None
         self._fed = 0  # bytes of the upstream's buffer that the reader has had
         self._body = b""
@@ -3385,13 +5856,17 @@ class Attempt:
                 if data is None:
                     return
         except OSError as error:
-            self._lost(phase, error)
+            if self._hold is not None:
+                self._end_hold(Held.CUT)
+            else:
+                self._lost(phase, error)
             return
         if data:
             self.upstream.buffer += data
             self._read_on()
-        elif self._reader is not None:
-            self._end_gathering(complete=self._reader.close())
+        elif self._hold is not None:
+            whole = self._hold.reader.close()
+            self._end_hold(Held.WHOLE if whole else Held.CUT)
         else:
             where = "in the middle of a head" if self.upstream.buffer else "unanswered"
             self._lost(phase, ConnectionError(f"the upstream closed it {where}"))
@@ -3413,8 +5888,8 @@ class Attempt:
 
     def _read_on(self) -> None:
         """Look for the final answer's head in what has come; skip interim ones."""
-        if self._reader is not None:
-            self._gather_more()
+        if self._hold is not None:
+            self._look_on(self._hold)
             return
         upstream = self.upstream
         try:
@@ -3426,45 +5901,45 @@ class Attempt:
         if answer is not None:
             self._rest = memoryview(b"")  # an early answer ends the sending
             self._relay.leave(self)
-            reader = self._caller.answered(upstream, answer)
-            if reader is not None:
-                self._gather(reader, answer)
+            hold = self._caller.answered(upstream, answer)
+            if hold is not None:
+                self._hold_back(hold, answer)
         elif upstream.pending():
             self.on_upstream(selectors.EVENT_READ)
 
-    def _gather(self, reader: BodyReader, answer: AnswerHead) -> None:
-        """Read the whole body before anything of the answer goes on.
-
-        For answers that must be edited; one that is longer than EDIT_BYTES,
-        broken or cut goes on as it came.
-        """
-        self._reader, self._answer = reader, answer
+    def _hold_back(self, hold: Hold, answer: AnswerHead) -> None:
+        """Read on before anything of the answer goes to the client."""
+        self._hold, self._answer = hold, answer
         self._relay.enter(self)
-        self._since = self._relay.now
+        self._since, self._limit_s = self._relay.now, hold.within_s
         self._watch()
-        self._gather_more()
+        if self._hold is not None:  # TLS may have held the rest
+            self._look_on(hold)
 
-    def _gather_more(self) -> None:
-        reader, raw = self._reader, self.upstream.buffer
-        if reader is None:
-            return
-        self._since = self._relay.now
+    def _look_on(self, hold: Hold) -> None:
+        raw = self.upstream.buffer
         try:
-            reader.feed(raw[self._fed :])
+            hold.reader.feed(raw[self._fed :])
         except ValueError:
-            self._end_gathering(complete=False)
+            self._end_hold(Held.CUT)
             return
         self._fed = len(raw)
-        self._body += reader.payload
-        if reader.done or len(raw) > EDIT_BYTES:
-            self._end_gathering(complete=reader.done and not reader.excess)
+        self._body += hold.reader.payload
+        enough = hold.seen(hold.reader.payload)
+        if hold.reader.done and not hold.reader.excess:
+            self._end_hold(Held.WHOLE)
+        elif enough:
+            self._end_hold(Held.ENOUGH)
+        elif hold.reader.done:
+            self._end_hold(Held.CUT)
+        elif len(raw) > hold.most_bytes:
+            self._end_hold(Held.FULL)
 
-    def _end_gathering(self, *, complete: bool) -> None:
+    def _end_hold(self, held: Held) -> None:
         self._relay.leave(self)
-        self._reader = None
+        self._hold = None
         if self._answer is not None:
-            body = self._body if complete else None
-            self._caller.gathered(self.upstream, self._answer, body)
+            self._caller.gathered(self.upstream, self._answer, self._body, held)
 
     def sweep(self, now: float) -> None:
         """Enforce the limits of sending and of waiting for the head."""
@@ -3476,8 +5951,8 @@ class Attempt:
                 Phase.SEND, TimeoutError(f"it took no byte for {SEND_STALL_S:g} s")
             )
         elif not self._rest and now - self._since > self._limit_s:
-            if self._reader is not None:
-                self._end_gathering(complete=False)
+            if self._hold is not None:
+                self._end_hold(Held.LATE)
             else:
                 self._lost(
                     Phase.WAIT, TimeoutError(f"no answer within {self._limit_s:g} s")
@@ -3490,7 +5965,7 @@ class Attempt:
 
 
 # ============================================================================
-# 17. STREAM
+# 19. STREAM
 # ============================================================================
 #
 # One committed answer between an upstream and its client.
@@ -3535,6 +6010,8 @@ class Delivery(NamedTuple):
     idle_s: float
     #: Told the size of each read, at log level debug.
     trace: Callable[[int], None] | None
+    #: Given what the client is sent, for others who asked for the same.
+    share: Callable[[bytes], None] | None = None
 
 
 def watch_for(answer: AnswerHead, lane: Lane) -> Watch | None:
@@ -3615,7 +6092,10 @@ class Stream:
     def begin(self, head: bytes, data: bytes) -> None:
         """Send the head with the body's first bytes: the commit."""
         self._relay.enter(self)
-        self._send(head + self._take(data))
+        out = self._take(data)
+        if self._delivery.share is not None:
+            self._delivery.share(out)
+        self._send(head + out)
         self._go_on()
 
     def _take(self, data: bytes) -> bytes:
@@ -3657,6 +6137,12 @@ class Stream:
     def _hang_up(self, reason: str) -> None:
         self.ended, self.reason = Outcome.CLIENT_CANCELLED, reason
         self._backlog = b""
+
+    def _pass_on(self, data: bytes) -> None:
+        """Send to the client, and to who shares the answer with it."""
+        if self._delivery.share is not None:
+            self._delivery.share(data)
+        self._send(data)
 
     def _send(self, data: bytes) -> None:
         """Send to the client, or keep what it does not take now."""
@@ -3702,7 +6188,7 @@ class Stream:
         else:
             if data:
                 self._upstream_at = self._said_at = self._relay.now
-                self._send(self._take(data))
+                self._pass_on(self._take(data))
                 if self._delivery.trace is not None:
                     self._delivery.trace(len(data))
             elif data is not None:
@@ -3713,7 +6199,7 @@ class Stream:
 
     def _upstream_closed(self) -> None:
         if self._delivery.reader.close():
-            self._send(self._at_end())
+            self._pass_on(self._at_end())
         else:
             self._cut(
                 Outcome.TRUNCATED, "the upstream closed in the middle of the answer"
@@ -3750,7 +6236,7 @@ class Stream:
         elif now - self._said_at >= PING_S and self._may_ping():
             self._said_at = now
             plain = self._delivery.recode is Recode.PLAIN
-            self._send(PING_EVENT if plain else chunk(PING_EVENT))
+            self._pass_on(PING_EVENT if plain else chunk(PING_EVENT))
             self._go_on()
 
     def _may_ping(self) -> bool:
@@ -3783,17 +6269,193 @@ class Stream:
 
 
 # ============================================================================
-# 18. EXCHANGE
+# 20. SHARING
 # ============================================================================
 #
-# One client request with its attempts and its answer.  `run` is the whole story:
-# reserve, attempt, judge, commit.  Whatever happens, `_end` runs exactly once.
+# Identical requests at the same time get one answer (balancing.dedupe): the first,
+# the leader, asks for it, the others follow.  Rule: a follower's hang-up harms
+# nobody; the leader's failure is everybody's, and never a hang.
 
-_RESULTS_URL = re.compile(
-    rb'("results_url"\s*:\s*")https?://[^"\\]{1,2048}?'
-    rb'(/v1/messages/batches/[^"\\]{0,512}")'
+_SHARED_FIELDS = (
+    b"authorization",
+    b"x-api-key",
+    b"anthropic-version",
+    b"anthropic-beta",
+    b"x-claude-lb-endpoint",
 )
-_FAILING = frozenset((401, 402, 403, 429))
+
+
+def share_key(request: ClientRequest) -> bytes:
+    """Return what two requests have in common that may share an answer."""
+    head = request.head
+    parts = [head.target, *(head.values.get(name, "") for name in _SHARED_FIELDS)]
+    digest = hashlib.blake2b("\0".join(parts).encode("latin-1"), digest_size=16)
+    digest.update(request.body)
+    return digest.digest()
+
+
+class Sharer(Protocol):
+    """A follower's exchange: it is told one of these, at last one of the last three."""
+
+    def share_begins(self, answer: AnswerHead, endpoint: Endpoint) -> Follower:
+        """Send the answer's head; return who sends the body."""
+
+    def share_refused(self, refusal: RefusedError) -> None:
+        """Give the client the same error."""
+
+    def share_fails(self) -> None:
+        """Ask alone: the leader has gone, and nothing was sent."""
+
+
+class Share:
+    """One answer on its way to all who asked for the same."""
+
+    def __init__(self, shares: dict[bytes, Share], key: bytes) -> None:
+        self._shares, self._key = shares, key
+        self._waiting: list[Sharer] = []
+        self._followers: list[Follower] = []
+        self._begun: tuple[AnswerHead, Endpoint] | None = None
+        #: What late followers get first: the body so far.
+        self._history = b""
+        self._open = True
+
+    def join(self, sharer: Sharer) -> None:
+        """Let one more follow."""
+        if self._begun is None:
+            self._waiting.append(sharer)
+        else:
+            self._lead(sharer, *self._begun)
+
+    def leave(self, sharer: Sharer) -> None:
+        """Let one go that waits for the answer's begin."""
+        if sharer in self._waiting:
+            self._waiting.remove(sharer)
+
+    def _lead(self, sharer: Sharer, answer: AnswerHead, endpoint: Endpoint) -> None:
+        follower = sharer.share_begins(answer, endpoint)
+        self._followers.append(follower)
+        follower.send(self._history)
+
+    def begin(self, answer: AnswerHead, endpoint: Endpoint) -> None:
+        """Pass the head on."""
+        self._begun = answer, endpoint
+        waiting, self._waiting = self._waiting, []
+        for sharer in waiting:
+            self._lead(sharer, answer, endpoint)
+
+    def feed(self, data: bytes) -> None:
+        """Pass a piece of the body on."""
+        if self._open:
+            self._history += data
+            if len(self._history) > HISTORY_BYTES:
+                self._close()
+        for follower in self._followers:
+            follower.send(data)
+
+    def _close(self) -> None:
+        """Take no more followers."""
+        if self._open:
+            self._open, self._history = False, b""
+            self._shares.pop(self._key, None)
+
+    def end(self, outcome: Outcome, reason: str) -> None:
+        """Tell all that the answer is over, well or not."""
+        self._close()
+        followers, self._followers = self._followers, []
+        if outcome is Outcome.CLIENT_CANCELLED:
+            outcome, reason = Outcome.TRUNCATED, "the client it is shared with hung up"
+        for follower in followers:
+            follower.finish(outcome, reason)
+        waiting, self._waiting = self._waiting, []
+        for sharer in waiting:
+            sharer.share_fails()
+
+    def refuse(self, refusal: RefusedError) -> None:
+        """Tell all that there is no answer."""
+        self._close()
+        waiting, self._waiting = self._waiting, []
+        for sharer in waiting:
+            sharer.share_refused(refusal)
+
+
+class Follower:
+    """Sends a shared answer to one client; see Moving."""
+
+    def __init__(
+        self,
+        relay: Relay,
+        client: ClientConnection,
+        on_end: Callable[[Outcome, str, int], None],
+    ) -> None:
+        self._relay = relay
+        self._client = client
+        self._on_end = on_end
+        self._backlog = b""
+        self._outcome: Outcome | None = None
+        self._reason = ""
+        self._sent = 0
+        self._taken_at = relay.now  # when the client took something last
+        relay.enter(self)
+
+    def send(self, data: bytes) -> None:
+        """Send what the client takes now, and keep the rest."""
+        self._backlog += data
+        self.on_client(selectors.EVENT_WRITE)
+        if len(self._backlog) > HISTORY_BYTES:
+            self._end(Outcome.CLIENT_CANCELLED, "the client reads too slowly")
+
+    def finish(self, outcome: Outcome, reason: str) -> None:
+        """End when the client has everything."""
+        self._outcome, self._reason = outcome, reason
+        self.on_client(0)
+
+    def on_client(self, mask: int) -> None:
+        """Send what is left, and notice a hang-up."""
+        if self._relay.owns(self):
+            try:
+                if mask & selectors.EVENT_READ:
+                    self._client.read_ahead()
+                if mask & selectors.EVENT_WRITE and self._backlog:
+                    sent = self._client.send_some(self._backlog)
+                    self._sent += sent
+                    self._backlog = self._backlog[sent:]
+                    self._taken_at = self._relay.now
+            except ClientGoneError as error:
+                self._end(Outcome.CLIENT_CANCELLED, str(error))
+                return
+            self._watch()
+
+    def _watch(self) -> None:
+        if self._outcome is not None and not self._backlog:
+            self._end(self._outcome, self._reason)
+            return
+        mask = selectors.EVENT_WRITE if self._backlog else 0
+        if self._client.may_read_ahead():
+            mask |= selectors.EVENT_READ
+        self._relay.watch(self._client, mask, self.on_client)
+
+    def sweep(self, now: float) -> None:
+        """See Moving."""
+        if self._client.is_gone():
+            self._end(Outcome.CLIENT_CANCELLED, "the client closed the connection")
+        elif self._backlog and now - self._taken_at > CLIENT_STALL_S:
+            self._end(Outcome.CLIENT_CANCELLED, "the client stopped reading")
+
+    def abort(self, reason: str) -> None:
+        """See Moving."""
+        self._end(Outcome.TRUNCATED, reason)
+
+    def _end(self, outcome: Outcome, reason: str) -> None:
+        if self._relay.owns(self):
+            self._relay.leave(self)
+            self._on_end(outcome, reason, self._sent)
+
+
+# ============================================================================
+# 21. COMMIT
+# ============================================================================
+#
+# The answered half of an exchange: from the first byte to the client on.
 
 
 class Services(NamedTuple):
@@ -3814,6 +6476,10 @@ class Services(NamedTuple):
     refuse: Callable[[ClientConnection, ClientRequest, RefusedError], None]
     #: Bounds the bodies in memory; a request's is given back here.
     budget: BodyBudget
+    #: Knows a client's own retries.
+    repeats: Repeats
+    #: Answers that others may still share, by share_key.
+    shares: dict[bytes, Share]
 
 
 def client_head(
@@ -3870,12 +6536,14 @@ class Commit:
         request: ClientRequest,
         upstream: UpstreamConnection,
         answer: AnswerHead,
+        share: Share | None = None,
     ) -> None:
         self._services = services
         self._client = client
         self._request = request
         self._upstream = upstream
         self._answer = answer
+        self._share = share
         self._watch = watch_for(answer, request.head.lane)
         self._stream: Stream | None = None
         self._over: Callable[[Ending], None] = _ignore
@@ -3893,7 +6561,9 @@ class Commit:
         data, upstream.buffer = upstream.buffer, b""
         events = isinstance(self._watch, SseWatch)
         whole = answer.length if answer.kind is BodyKind.LENGTH else -1
-        if len(data) == whole and not events:
+        if self._share is not None:
+            self._share.begin(answer, upstream.endpoint)
+        elif len(data) == whole and not events:
             self._send_whole(start, data, keep=keep)
             return
         watched = self._watch is not None or recode is not Recode.AS_IS
@@ -3909,6 +6579,7 @@ class Commit:
             keep_upstream=answer.keep_alive and upstream.whole,
             idle_s=self._services.config.timeouts.idle_s,
             trace=self._tell_chunk if log.shows("debug") else None,
+            share=None if self._share is None else self._share.feed,
         )
         self._begin_stream(delivery, start, data)
 
@@ -3959,6 +6630,8 @@ class Commit:
 
     def _stream_ended(self, stream: Stream) -> None:
         outcome = stream.ended or Outcome.TRUNCATED
+        if self._share is not None:
+            self._share.end(outcome, stream.reason)
         self._finish(
             self._ending(outcome, stream.reason, stream.sent_bytes),
             reusable=stream.keeps_upstream(),
@@ -4002,6 +6675,401 @@ class Commit:
         return self._stream.sent_bytes > 0
 
 
+# ============================================================================
+# 22. COURSE
+# ============================================================================
+#
+# What one request asks for, what is sent for it, and how far it has come.  Rule: a
+# body is read only where it must be, and then for one value.
+
+
+_RESULTS_URL = re.compile(
+    rb'("results_url"\s*:\s*")https?://[^"\\]{1,2048}?'
+    rb'(/v1/messages/batches/[^"\\]{0,512}")'
+)
+_BODY_FIELDS = frozenset([b"content-length", b"content-type", b"transfer-encoding"])
+
+
+def model_name(request: ClientRequest) -> str:
+    """Return the model that a request names, "" where it can't be told."""
+    found = model_of(request.body)
+    return found[0] if found else ""
+
+
+def make_ask(request: ClientRequest, services: Services) -> Ask:
+    """Return what a request wants of the pool."""
+    head, pool = request.head, services.pool
+    ids: tuple[str, ...] = ()
+    files = "files-api" in head.values.get(b"anthropic-beta", "")
+    if files or head.lane is Lane.FIXED or pool.has_pins():
+        ids = named_ids(head, request.body)
+    forced = head.values.get(b"x-claude-lb-endpoint", "")
+    if head.lane is Lane.FIXED:
+        return Ask(head.lane, ids=ids, forced=forced)
+    model = model_name(request) if pool.needs_model() else ""
+    key, ttl_s = "", 0.0
+    if services.config.balancing.affinity == "conversation":
+        key = conversation_key(head.values, request.body)
+        ttl_s = cache_ttl_s(request.body)
+    return Ask(head.lane, model or None, ids, key, ttl_s, forced)
+
+
+def body_to_send(request: ClientRequest, model: str | None) -> bytes | bytearray:
+    """Return the body with the name of the model that a route wants sent."""
+    found = model_of(request.body) if model is not None else None
+    if found is None or model is None or found[0] == model:
+        return request.body
+    return with_value(request.body, found[1], model)
+
+
+def head_to_send(
+    request: ClientRequest, endpoint: Endpoint, via: str, length: int
+) -> bytes:
+    """Return the whole head of the request to `endpoint`."""
+    make = upstream_head if request.head.memo else upstream_head.__wrapped__
+    start: bytes = make(request.head, endpoint, via, request.credentials)
+    if length or request.head.method in ("POST", "PUT", "PATCH"):
+        return b"%bcontent-length: %d\r\n\r\n" % (start, length)
+    return start + CRLF
+
+
+class Course:
+    """How far a request has come: what was tried, and what may still be."""
+
+    __slots__ = ("answering", "attempts", "retries", "trail", "tried")
+
+    def __init__(self) -> None:
+        #: Name of the endpoint whose answer the client gets.
+        self.answering = ""
+        #: Attempts begun, but for those on a connection found dead.
+        self.attempts = 0
+        #: Of them in place.
+        self.retries = 0
+        self.tried: list[Endpoint] = []
+        #: How each attempt ended, for people.
+        self.trail: list[str] = []
+
+    def begin(self, endpoint: Endpoint, *, fresh: bool) -> None:
+        """Take note of an attempt."""
+        self.attempts += not fresh
+        if all(endpoint.name != e.name for e in self.tried):
+            self.tried.append(endpoint)
+
+    def pause_s(self, settings: FailoverSettings) -> float:
+        """Return how long to wait before the next retry in place."""
+        return settings.retry_delay_s * settings.retry_backoff**self.retries
+
+    def step(self, rule: Rule, request: ClientRequest, services: Services) -> Verdict:
+        """Return what is to be done now, as far as it may be."""
+        settings, now = services.config.failover, services.relay.now
+        chances = Chances(
+            endpoints=settings.attempts - len(self.tried),
+            retries=settings.retries - self.retries,
+            resend=settings.resend_ambiguous and not acts_outside(request.body),
+            tried=len(self.tried) - 1,
+        )
+        step = next_step(rule, chances)
+        if step in (Verdict.RELAY, Verdict.FRESH):
+            return step
+        late = now - request.since > settings.total_s
+        if request.head.lane is Lane.FIXED or late:
+            return Verdict.RELAY
+        if self.attempts > 1 and _is_repeat(request, services):
+            return Verdict.RELAY
+        if step is Verdict.RETRY and not self._is_worth_waiting(request, services):
+            step = Verdict.ANOTHER
+        return step
+
+    def _is_worth_waiting(self, request: ClientRequest, services: Services) -> bool:
+        """Tell whether the client will still wait after the pause."""
+        stated = request.head.values.get(b"x-stainless-timeout", "")
+        patience_s = float(stated) if stated.isdigit() else math.inf
+        pause_s = self.pause_s(services.config.failover)
+        return services.relay.now - request.since + pause_s < patience_s
+
+    def told(self) -> str:
+        """Return what was tried, where it was more than one thing."""
+        return ", ".join(self.trail) if len(self.trail) > 1 else ""
+
+    def marked(self, request: ClientRequest) -> ClientRequest:
+        """Let the answer say what was tried."""
+        if len(self.trail) < 2:
+            return request
+        line = f"x-claude-lb-attempts: {self.told()}\r\n"
+        return request._replace(
+            answer_fields=request.answer_fields + line.encode("ascii")
+        )
+
+
+def _is_repeat(request: ClientRequest, services: Services) -> bool:
+    """Tell whether a request is its client's own retry: it multiplies ours."""
+    count = request.head.values.get(b"x-stainless-retry-count", "0")
+    now = services.relay.now
+    return count not in ("0", "") or services.repeats.has(request.body, now)
+
+
+class ErrorAnswer(NamedTuple):
+    """An error answer that is kept for the client, with its connection."""
+
+    upstream: UpstreamConnection
+    answer: AnswerHead
+    #: Seconds until the reset that it states.
+    stated_s: float | None
+    #: Its body is in the connection's buffer, whole.
+    whole: bool
+
+
+def refusal_after(
+    error: UpstreamError | None,
+    kept: ErrorAnswer | None,
+    tried: Sequence[Endpoint],
+    ask: Ask,
+    services: Services,
+) -> RefusedError | None:
+    """Return our own words for the client; None where an upstream's say more.
+
+    `error` is how the last attempt ended; `kept` the answer that is set aside.
+    """
+    if error is not None and error.phase in (Phase.WAIT, Phase.GATE):
+        return refusal_for(error, tried)  # it may have been served
+    if kept is None or kept.answer.status == 429:
+        exhaustion = services.pool.exhaustion(ask)
+        stated_s = math.inf if kept is None else kept.stated_s or math.inf
+        sooner = exhaustion.reset_s is not None and exhaustion.reset_s + 1.0 < stated_s
+        if sooner or not tried:
+            served = served_models(services.config)
+            return refusal_for_exhaustion(ask.model, exhaustion, served)
+    if kept is None and error is not None:
+        return refusal_for(error, tried)
+    return None
+
+
+class Aside:
+    """Keeps an upstream's error for the client, in case nothing better comes."""
+
+    __slots__ = ("_services", "kept")
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self.kept: ErrorAnswer | None = None
+
+    def put(self, error: ErrorAnswer) -> None:
+        """Keep `error` in place of the last one; of several 429 the first to end."""
+        # The attempt that brought it must hear no more of its connection
+        self._services.relay.release(error.upstream)
+        before = self.kept
+        if (
+            before is not None
+            and before.answer.status == error.answer.status == 429
+            and (before.stated_s or 0.0) <= (error.stated_s or math.inf)
+        ):
+            self._let_go(error)
+        else:
+            self.drop()
+            self.kept = error
+
+    def take(self) -> ErrorAnswer | None:
+        """Give away what is kept."""
+        kept, self.kept = self.kept, None
+        return kept
+
+    def drop(self) -> None:
+        """Let go of what is kept."""
+        kept = self.take()
+        if kept is not None:
+            self._let_go(kept)
+
+    def _let_go(self, error: ErrorAnswer) -> None:
+        upstream = error.upstream
+        if error.whole and error.answer.keep_alive and upstream.whole:
+            upstream.buffer = b""
+            self._services.upstreams.give_back(upstream)
+        else:
+            self._services.relay.close(upstream)
+
+
+def _with_body(
+    upstream: UpstreamConnection, answer: AnswerHead, body: bytes
+) -> AnswerHead:
+    """Put another body in an answer's place; return the head that fits it."""
+    upstream.buffer = body
+    kept = without_fields(answer.kept, frozenset([b"content-length"]))
+    kept += b"content-length: %d\r\n" % len(body)
+    return answer._replace(kind=BodyKind.LENGTH, length=len(body), kept=kept)
+
+
+def hold_for(
+    answer: AnswerHead, head: RequestHead, config: Config, gate: SseGate
+) -> Hold | None:
+    """Return how much of an answer must be seen before it goes on, if any."""
+    if answer.kind is BodyKind.NONE or answer.encoded:
+        return None  # nothing there, or nothing that could be read
+    settings = config.failover
+    seen: Callable[[bytes], bool]
+    if head.lane is Lane.FIXED:
+        plain = answer.content_type.startswith(b"application/json")
+        most, within_s, seen = EDIT_BYTES, config.timeouts.idle_s, _never
+        wanted = plain and is_edited(head.path)
+    elif answer.status >= 400:
+        most, within_s, seen = ERROR_BYTES, settings.gate_s or SWEEP_S, _never
+        wanted = True
+    else:
+        most, within_s, seen = GATE_BYTES, settings.gate_s, gate.feed
+        events = answer.content_type.startswith(b"text/event-stream")
+        wanted = events and within_s > 0 and head.lane is Lane.MESSAGES
+    if not wanted:
+        return None
+    return Hold(body_reader(answer, keep_payload=True), most, within_s, seen)
+
+
+def _never(_: bytes) -> bool:
+    return False
+
+
+def point_at_us(
+    upstream: UpstreamConnection, answer: AnswerHead, body: bytes, host: bytes
+) -> AnswerHead:
+    """Let the results_url of batch objects point at us.
+
+    Clients fetch that URL with the credential they have for us.
+    """
+    edited = _RESULTS_URL.sub(rb"\1http://" + host + rb"\2", body)
+    return _with_body(upstream, answer, edited)
+
+
+def honest_answer(
+    upstream: UpstreamConnection, answer: AnswerHead, error: bytes
+) -> AnswerHead:
+    """Turn a stream that begins with an error event into the error it stands for."""
+    kind, _, _ = error_of(error)
+    kept = without_fields(answer.kept, _BODY_FIELDS)
+    kept += b"content-type: application/json\r\n"
+    plain = answer._replace(
+        status=event_status(kind), reason=b"", keep_alive=False, kept=kept
+    )
+    return _with_body(upstream, plain, error)
+
+
+def inviting(answer: AnswerHead, *, again: bool) -> AnswerHead:
+    """Let an answer say whether the client may ask again, unless it says so itself."""
+    if b"x-should-retry:" in answer.kept.lower():
+        return answer
+    field = b"x-should-retry: true\r\n" if again else b"x-should-retry: false\r\n"
+    return answer._replace(kept=answer.kept + field)
+
+
+def page_error(endpoint: Endpoint) -> UpstreamError:
+    """Return what it means that a web page came in place of a message."""
+    text = (
+        f"{endpoint.name} answered with a web page, not a message: is its baseURL"
+        " right, or is a login page of the network in between?"
+    )
+    return UpstreamError(Phase.WAIT, text, page=True)
+
+
+def cut_error(endpoint: Endpoint) -> UpstreamError:
+    """Return what it means that a stream ended before its first content."""
+    text = f"{endpoint.name} broke its answer off before the first content"
+    return UpstreamError(Phase.GATE, text)
+
+
+def evidence_of(
+    answer: AnswerHead, body: bytes, model: str, settings: FailoverSettings
+) -> Evidence:
+    """Return the row of the table for an error answer, with what it states."""
+    limits = limit_fields(answer.kept)
+    epoch = time.time()  # noqa: TID251 - resets are stated in epoch seconds
+    stated_s = stated_wait_s(answer.kept, epoch)
+    stated = stated_s is not None
+    finding = finding_of_answer(
+        answer.status, body, stated=stated, limits=limits, model=model
+    )
+    rule = judge(finding, settings)
+    key = cooldown_key(rule, model, limits)
+    why = f"answered {answer.status}"
+    return Evidence(rule, why, key, stated_s, answer.kept if limits else b"")
+
+
+def evidence_after(ending: Ending) -> Evidence | None:
+    """Return what an answer that went to its client shows; None: nothing bad."""
+    if ending.outcome is Outcome.TRUNCATED:
+        finding = Finding(Phase.RELAY, sign=Sign.CUT)
+    elif ending.outcome is Outcome.UPSTREAM_ERROR:
+        finding = Finding(Phase.RELAY, sign=Sign.EVENT)
+    elif ending.outcome is Outcome.OK and ending.status >= 400:
+        finding = Finding(Phase.ANSWER, ending.status)
+    else:
+        return None
+    rule = judge(finding, FailoverSettings())
+    return Evidence(rule, ending.reason or f"answered {ending.status}")
+
+
+class Following(Sharer):
+    """The exchange of a client that gets another one's answer."""
+
+    def __init__(
+        self,
+        services: Services,
+        client: ClientConnection,
+        request: ClientRequest,
+        *,
+        begun: Callable[[Endpoint], None],
+        alone: Callable[[], None],
+        over: Callable[[Ending], None],
+    ) -> None:
+        self._services = services
+        self._client = client
+        self._request = request
+        self._begun = begun
+        self._alone = alone
+        self._over = over
+        self._status = 0
+        self._keep = False
+
+    def share_begins(self, answer: AnswerHead, endpoint: Endpoint) -> Follower:
+        """See Sharer."""
+        request, services = self._request, self._services
+        self._begun(endpoint)
+        self._status = answer.status
+        self._keep = request.head.keep_alive and not services.draining()
+        _, last = recoding_of(answer, modern=True)
+        head = client_head(
+            request, endpoint, answer, chunked=bool(last), keep=self._keep
+        )
+        follower = Follower(services.relay, self._client, self._ended)
+        follower.send(head)
+        return follower
+
+    def _ended(self, outcome: Outcome, reason: str, sent: int) -> None:
+        relay = self._services.relay
+        why = reason or "shared with another request"
+        self._over(Ending(self._status, outcome, why, sent))
+        if self._keep and outcome in (Outcome.OK, Outcome.UPSTREAM_ERROR):
+            relay.next_request(self._client)
+        else:
+            relay.close(self._client)
+
+    def share_refused(self, refusal: RefusedError) -> None:
+        """See Sharer."""
+        ended = Outcome.UPSTREAM_ERROR
+        self._over(Ending(refusal.status, ended, refusal.message, 0))
+        self._services.refuse(self._client, self._request, refusal)
+
+    def share_fails(self) -> None:
+        """See Sharer."""
+        self._alone()
+
+
+# ============================================================================
+# 23. EXCHANGE
+# ============================================================================
+#
+# One client request with its attempts and its answer: reserve, attempt, judge,
+# commit.  Whatever happens, `_end` runs exactly once.
+
+_FAILING = frozenset((401, 402, 403, 429))
+
+
 def _guarded(step: Callable[..., Any]) -> Callable[..., Any]:
     """Return a step of an exchange that ends it, with a 500, if it has a fault."""
 
@@ -4015,7 +7083,161 @@ def _guarded(step: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class Exchange:
+class _Ledger:
+    """What an exchange owes the pool, the log and its client, whatever happens."""
+
+    def __init__(
+        self,
+        services: Services,
+        client: ClientConnection,
+        request: ClientRequest,
+        held: int,
+    ) -> None:
+        self._services = services
+        self._client = client
+        self._lane = request.head.lane
+        self._request_bytes = len(request.body)
+        self._request = request
+        self._held = held  # bytes of the body that count against the budget
+        self._course = Course()
+        self._aside = Aside(services)
+        self._lease: Lease | None = None  # the attempt that is counted in
+        self._attempt: Attempt | None = None
+        self._commit: Commit | None = None
+        self._first_byte_s: float | None = None
+        # With others who asked for the same
+        self._leads: Share | None = None
+        self._follows: tuple[Share, Following] | None = None
+        self._over = False
+
+    def _tell(self, message: str, **facts: object) -> None:
+        self._services.log.write(self._services.log.detail, message, **facts)
+
+    def _settle(self, evidence: Evidence | None) -> None:
+        """Count the attempt out, once, with what it showed of its endpoint."""
+        if self._lease is not None:
+            lease, self._lease = self._lease, None
+            self._report(self._services.pool.settle(lease, evidence))
+
+    def _report(self, change: str) -> None:
+        if change:
+            level = "warn" if "cools down" in change else "info"
+            self._services.log.write(level, change)
+
+    @_guarded
+    def gone(self, reason: str) -> None:
+        """Stop: the client has hung up; see Caller."""
+        services = self._services
+        services.relay.leave(self)
+        if self._over:
+            return
+        services.repeats.remember(self._request.body, services.relay.now)
+        self._settle(None)
+        self._end(0, Outcome.CLIENT_CANCELLED, reason)
+        services.relay.close(self._client)
+
+    def _watch_client(self) -> None:
+        """Wait without an attempt, and notice a hang-up."""
+        relay = self._services.relay
+        relay.enter(self)
+        reading = selectors.EVENT_READ if self._client.may_read_ahead() else 0
+        relay.watch(self._client, reading, self.on_client)
+
+    @_guarded
+    def on_client(self, _: int) -> None:
+        """Notice a hang-up while there is no attempt."""
+        try:
+            self._client.read_ahead()
+        except ClientGoneError as error:
+            self.gone(str(error))
+            return
+        if not self._client.may_read_ahead():
+            self._services.relay.watch(self._client, 0, self.on_client)
+
+    def sweep(self, now: float) -> None:
+        """See Moving: connecting has limits of its own, a pause is short."""
+        if self._client.is_gone():
+            self.gone("the client closed the connection")
+
+    def abort(self, reason: str) -> None:
+        """See Moving: while a worker connects, or without an attempt."""
+        self.broken(reason)
+
+    def collapse(self) -> None:
+        """End after a fault of ours: tell the log, and the client if it can be."""
+        relay, commit = self._services.relay, self._commit
+        self._services.log.fault(f"{self._request.id} a fault of the proxy")
+        if self._attempt is not None:
+            relay.leave(self._attempt)
+            relay.close(self._attempt.upstream)
+        if self._over or (commit is not None and commit.discard()):
+            self._settle(None)
+            self._end(500, Outcome.REFUSED, "a fault of the proxy")
+            relay.close(self._client)
+        else:
+            self.broken("a fault of the proxy")
+
+    def broken(self, reason: str) -> None:
+        """Stop: the proxy cannot go on; see Caller."""
+        self._services.relay.leave(self)
+        if self._over:
+            return
+        services = self._services
+        self._settle(None)
+        status, text = 500, f"{reason}; its log tells more under {self._request.id}"
+        if services.draining():
+            status, text = 503, reason
+        self._end(status, Outcome.REFUSED, reason)
+        refusal = RefusedError(status, text, close=False)
+        services.refuse(self._client, self._request, refusal)
+
+    def _let_body_go(self) -> None:
+        """Free the request's body: nothing is sent again after the commit."""
+        if self._held:
+            self._services.budget.give(self._held)
+            self._held = 0
+        if len(self._request.body) > READ_BYTES:
+            self._request = self._request._replace(body=b"")
+
+    def _end(self, status: int, outcome: Outcome, reason: str, sent: int = 0) -> None:
+        """Count the exchange out and write its line, once."""
+        if self._over:
+            return
+        self._over = True
+        if self._commit is None:
+            self._aside.drop()
+        if self._follows is not None:
+            self._follows[0].leave(self._follows[1])
+        if self._leads is not None:
+            self._leads.end(Outcome.TRUNCATED, "the request it is shared with failed")
+        self._let_body_go()
+        self._services.pool.release()
+        if self._services.log.shows(level_of(outcome)):
+            self._services.log.exchange(self._record(status, outcome, reason, sent))
+
+    def _record(
+        self, status: int, outcome: Outcome, reason: str, sent: int
+    ) -> ExchangeRecord:
+        request, course = self._request, self._course
+        now, first = time.monotonic(), self._first_byte_s
+        return ExchangeRecord(
+            request_id=request.id,
+            method=request.head.method,
+            path=request.head.path,
+            endpoint=course.answering
+            or (course.tried[-1].name if course.tried else ""),
+            status=status,
+            attempts=course.attempts,
+            first_byte_ms=None if first is None else (first - request.since) * 1000,
+            total_ms=(now - request.since) * 1000,
+            request_bytes=self._request_bytes,
+            response_bytes=sent,
+            ended=outcome,
+            reason=reason,
+        )
+
+
+class Exchange(_Ledger):
     """One client request with its attempts and its answer.
 
     Lives in the relay's thread, but for `_connect`.
@@ -4028,49 +7250,81 @@ class Exchange:
         request: ClientRequest,
         held: int = 0,
     ) -> None:
-        # Fixed for its life
-        self._services = services
-        self._client = client
-        self._lane = request.head.lane
-        self._request_bytes = len(request.body)
-        # What has happened so far
-        self._request = request
-        self._held = held  # bytes of the body that count against the budget
-        self._order: tuple[Endpoint, ...] = ()
-        self._position = 0
-        self._tried: list[Endpoint] = []
-        self._attempt: Attempt | None = None
-        self._commit: Commit | None = None
-        self._first_byte_s: float | None = None
-        self._attempting = False  # counted in at the pool
-        self._over = False
+        super().__init__(services, client, request, held)
+        self._ask = Ask(self._lane)
+        self._gate = SseGate()  # of this attempt's answer
 
     @_guarded
     def start(self) -> None:
         """Serve the request; the relay goes on with the client when it is over."""
-        request, services = self._request, self._services
-        ids: tuple[str, ...] = ()
-        files = "files-api" in request.head.values.get(b"anthropic-beta", "")
-        if files or self._lane is Lane.FIXED or services.pool.has_pins():
-            ids = named_ids(request.head, request.body)
-        self._order = services.pool.reserve(self._lane, ids)
-        if services.log.shows(services.log.detail):
-            names = ",".join(e.name for e in self._order)
-            self._tell(f"{request.id} begins", path=request.head.path, order=names)
-        self._try(fresh=False)
+        self._services.pool.enter()
+        balancing = self._services.config.balancing
+        if balancing.dedupe and self._lane is Lane.MESSAGES:
+            self._share_or_begin()
+        else:
+            self._begin()
 
-    def _tell(self, message: str, **facts: object) -> None:
-        self._services.log.write(self._services.log.detail, message, **facts)
+    def _begin(self) -> None:
+        """Begin the first attempt."""
+        request, services = self._request, self._services
+        self._ask = make_ask(request, services)
+        if services.log.shows(services.log.detail):
+            self._tell(f"{request.id} begins", path=request.head.path)
+        lease = services.pool.reserve(self._ask)
+        if lease is None:
+            self._give_up(None)
+        else:
+            self._try(lease)
+
+    def _share_or_begin(self) -> None:
+        """Follow who has asked for the same, or ask for all who will."""
+        request, shares = self._request, self._services.shares
+        key = share_key(request)
+        share = shares.get(key)
+        if not request.head.modern:
+            self._begin()
+        elif share is None:
+            self._leads = shares[key] = Share(shares, key)
+            self._begin()
+        else:
+            following = Following(
+                self._services,
+                self._client,
+                request,
+                begun=self._follow,
+                alone=self._alone,
+                over=self._followed,
+            )
+            self._follows = share, following
+            self._watch_client()
+            share.join(following)
+
+    def _follow(self, endpoint: Endpoint) -> None:
+        """Take note that somebody else's answer begins."""
+        self._services.relay.leave(self)
+        self._course.tried.append(endpoint)
+        self._first_byte_s = time.monotonic()
+        self._follows = None
+        self._let_body_go()
+
+    @_guarded
+    def _alone(self) -> None:
+        """Begin as if nobody else had asked: who did has gone."""
+        self._services.relay.leave(self)
+        self._follows = None
+        self._share_or_begin()
+
+    def _followed(self, ending: Ending) -> None:
+        self._services.relay.leave(self)
+        self._end(ending.status, ending.outcome, ending.reason, ending.sent_bytes)
 
     # -- attempts ------------------------------------------------------------
 
-    def _try(self, *, fresh: bool) -> None:
+    def _try(self, lease: Lease, *, fresh: bool = False) -> None:
         """Begin an attempt: on an idle connection, or on one that a worker makes."""
-        services, endpoint = self._services, self._order[self._position]
-        if not fresh:
-            self._tried.append(endpoint)
-        services.pool.begin(endpoint)
-        self._attempting = True
+        services, endpoint = self._services, lease.endpoint
+        self._lease = lease
+        self._course.begin(endpoint, fresh=fresh)
         upstream = None if fresh else services.upstreams.take(endpoint)
         if upstream is not None:
             self._send(upstream)
@@ -4098,219 +7352,206 @@ class Exchange:
             if not services.relay.tell(partial(self._send, upstream)):
                 upstream.close()  # the proxy has stopped meanwhile
 
-    def sweep(self, now: float) -> None:
-        """See Moving: connecting has limits of its own."""
-
-    def abort(self, reason: str) -> None:
-        """See Moving: while a worker connects."""
-        self.broken(reason)
-
     @_guarded
     def _send(self, upstream: UpstreamConnection) -> None:
-        self._services.relay.leave(self)
-        if self._over:
-            self._services.relay.close(upstream)
+        services, request = self._services, self._request
+        services.relay.leave(self)
+        if self._over or self._lease is None:
+            services.relay.close(upstream)
             return
-        request = self._request
-        within_s = self._services.config.timeouts.first_byte_s
-        head = self._upstream_head(upstream.endpoint)
-        self._attempt = Attempt(self._services.relay, self._client, upstream, self)
-        self._attempt.begin(request.head.method, head, request.body, within_s)
+        body = body_to_send(request, self._lease.model)
+        head = head_to_send(request, upstream.endpoint, services.via, len(body))
+        self._gate = SseGate()
+        self._attempt = Attempt(services.relay, self._client, upstream, self)
+        within_s = services.config.timeouts.first_byte_s
+        self._attempt.begin(request.head.method, head, body, within_s)
+
+    # -- what follows an attempt ---------------------------------------------
 
     @_guarded
     def failed(self, error: UpstreamError) -> None:
-        """Do what `judge` says after an attempt without an answer; see Caller."""
+        """Do what the table says after an attempt without an answer; see Caller."""
         self._services.relay.leave(self)
         if self._over:
             return
-        endpoint, services = self._order[self._position], self._services
-        self._settle(answering=None if error.local else False, why=error.message)
-        verdict = judge(error, self._lane, self._request.head.method)
+        finding = finding_for(error, self._lane, self._request.head.method)
+        rule = judge(finding, self._services.config.failover)
+        course = self._course
+        if rule.verdict is not Verdict.FRESH:
+            course.trail.append(f"{course.tried[-1].name} {rule.name}")
+        evidence = Evidence(rule, error.message) if rule.harms else None
+        self._go_on(rule, evidence, error)
+
+    def _go_on(
+        self, rule: Rule, evidence: Evidence | None, error: UpstreamError | None
+    ) -> None:
+        """Settle the attempt, and begin another or give up."""
+        lease, services, course = self._lease, self._services, self._course
+        step = course.step(rule, self._request, services)
+        self._settle(None if step is Verdict.RETRY else evidence)
+        following: Lease | None = None
+        if step is Verdict.ANOTHER:
+            following = services.pool.reserve(self._ask, course.tried)
+        elif step is Verdict.FRESH and lease is not None:
+            following = services.pool.again(lease)
+        goes_on = following is not None or step is Verdict.RETRY
+        if goes_on and rule.budgeted and not services.pool.may_repeat():
+            goes_on = False
         self._tell(
-            f"{self._request.id} {endpoint.name} failed",
-            phase=error.phase.value,
-            error=error.message,
-            next=verdict.value,
+            f"{self._request.id} {course.tried[-1].name} failed",
+            row=rule.name,
+            error=evidence.why if evidence else rule.why,
+            next=step.value if goes_on else Verdict.RELAY.value,
         )
-        if verdict is Verdict.FRESH:
-            self._try(fresh=True)
-        elif verdict is Verdict.ANOTHER and self._position + 1 < len(self._order):
-            self._position += 1
-            self._try(fresh=False)
+        if goes_on and following is not None:
+            self._try(following, fresh=step is Verdict.FRESH)
+        elif goes_on and lease is not None:
+            self._retry_later(lease)
         else:
-            refusal = refusal_for(error, self._tried)
-            self._end(refusal.status, Outcome.UPSTREAM_ERROR, error.message)
-            services.refuse(self._client, self._request, refusal)
+            if following is not None:
+                services.pool.settle(following, None)
+            self._give_up(error)
+
+    def _retry_later(self, lease: Lease) -> None:
+        """Pause, and watch the client meanwhile."""
+        services, course = self._services, self._course
+        pause_s = course.pause_s(services.config.failover)
+        course.retries += 1
+        self._watch_client()
+        services.relay.after(pause_s, partial(self._retry, lease))
 
     @_guarded
-    def gone(self, reason: str) -> None:
-        """Stop: the client has hung up; see Caller."""
+    def _retry(self, lease: Lease) -> None:
+        """Try again there; where it was removed or paused meanwhile, elsewhere."""
+        pool = self._services.pool
         self._services.relay.leave(self)
         if self._over:
             return
-        self._settle(answering=None)
-        self._end(0, Outcome.CLIENT_CANCELLED, reason)
-        self._services.relay.close(self._client)
-
-    def _settle(self, *, answering: bool | None, why: str = "") -> None:
-        """Count the attempt out, once, with what it showed of its endpoint."""
-        if self._attempting:
-            self._attempting = False
-            endpoint = self._order[self._position]
-            self._services.pool.settle(endpoint, answering=answering, why=why)
-
-    def collapse(self) -> None:
-        """End after a fault of ours: tell the log, and the client if it can be."""
-        relay, commit = self._services.relay, self._commit
-        self._services.log.fault(f"{self._request.id} a fault of the proxy")
-        if self._attempt is not None:
-            relay.leave(self._attempt)
-            relay.close(self._attempt.upstream)
-        if self._over or (commit is not None and commit.discard()):
-            self._settle(answering=None)
-            self._end(500, Outcome.REFUSED, "a fault of the proxy")
-            relay.close(self._client)
+        following = pool.again(lease) or pool.reserve(self._ask, self._course.tried)
+        if following is None:
+            self._give_up(None)
         else:
-            self.broken("a fault of the proxy")
+            self._try(following)
 
-    def broken(self, reason: str) -> None:
-        """Stop: the proxy cannot go on; see Caller."""
-        self._services.relay.leave(self)
-        if self._over:
+    def _give_up(self, error: UpstreamError | None) -> None:
+        """Give the client the error that tells most: an upstream's own, if any."""
+        services, tried = self._services, self._course.tried
+        services.repeats.remember(self._request.body, services.relay.now)
+        refusal = refusal_after(error, self._aside.kept, tried, self._ask, services)
+        kept = self._aside.take() if refusal is None else None
+        if kept is not None:
+            answer = kept.answer
+            limited = answer.status == 429 and (kept.stated_s or 0.0) > PATIENCE_S
+            if limited and services.pool.exhaustion(self._ask).reset_s is not None:
+                answer = inviting(answer, again=False)
+            self._begin_answer(kept.upstream, answer)
             return
-        services = self._services
-        self._settle(answering=None)
-        status, text = 500, f"{reason}; its log tells more under {self._request.id}"
-        if services.draining():
-            status, text = 503, reason
-        self._end(status, Outcome.REFUSED, reason)
-        refusal = RefusedError(status, text, close=False)
-        services.refuse(self._client, self._request, refusal)
-
-    def _upstream_head(self, endpoint: Endpoint) -> bytes:
-        """Return the whole head of the request to `endpoint`."""
-        request = self._request
-        make = upstream_head if request.head.memo else upstream_head.__wrapped__
-        start: bytes = make(
-            request.head, endpoint, self._services.via, request.credentials
-        )
-        if request.body or request.head.method in ("POST", "PUT", "PATCH"):
-            return b"%bcontent-length: %d\r\n\r\n" % (start, len(request.body))
-        return start + CRLF
+        if refusal is None:
+            refusal = RefusedError(503, "no endpoint may serve now", close=False)
+        if self._leads is not None:
+            self._leads.refuse(refusal)
+        ended = Outcome.UPSTREAM_ERROR if tried else Outcome.REFUSED
+        why = error.message if error is not None else refusal.message
+        self._end(refusal.status, ended, why)
+        services.refuse(self._client, self._course.marked(self._request), refusal)
 
     # -- the answer ----------------------------------------------------------
 
     @_guarded
-    def answered(
-        self, upstream: UpstreamConnection, answer: AnswerHead
-    ) -> BodyReader | None:
-        """Begin the answer, unless it is none, or must be edited; see Caller."""
-        page = answer.status < 300 and answer.content_type.startswith(b"text/html")
-        if page and self._lane is not Lane.FIXED:
+    def answered(self, upstream: UpstreamConnection, answer: AnswerHead) -> Hold | None:
+        """Begin the answer, unless more of it must be seen first; see Caller."""
+        hold = hold_for(answer, self._request.head, self._services.config, self._gate)
+        balanced = self._lane is not Lane.FIXED
+        if hold is not None:
+            return hold
+        if balanced and answer.status >= 400:
+            self._judge_answer(upstream, answer, b"", whole=False)
+        elif balanced and answer.content_type.startswith(b"text/html"):
             self._services.relay.close(upstream)
-            self.failed(
-                UpstreamError(
-                    Phase.WAIT,
-                    f"{upstream.endpoint.name} answered with a web page, not a message:"
-                    " is its baseURL right, or is a login page of the network in"
-                    " between?",
-                    settled=True,
-                )
-            )
-        elif self._must_edit(answer, self._request.head.path):
-            return body_reader(answer, keep_payload=True)
+            self.failed(page_error(upstream.endpoint))
         else:
             self._begin_answer(upstream, answer)
         return None
 
-    @staticmethod
-    def _must_edit(answer: AnswerHead, path: str) -> bool:
-        plain = answer.content_type.startswith(b"application/json")
-        whole = answer.kind is not BodyKind.NONE and not answer.encoded
-        return plain and whole and is_edited(path)
-
     @_guarded
     def gathered(
-        self, upstream: UpstreamConnection, answer: AnswerHead, body: bytes | None
+        self, upstream: UpstreamConnection, answer: AnswerHead, body: bytes, held: Held
     ) -> None:
-        """Let the results_url of batch objects point at us; see Caller.
+        """Go on with an answer of which enough has been seen; see Caller."""
+        gate = self._gate
+        if self._lane is Lane.FIXED:
+            if held is Held.WHOLE:
+                host = self._request.head.host.encode("latin-1")
+                answer = point_at_us(upstream, answer, body, host)
+            self._begin_answer(upstream, answer)
+        elif answer.status >= 400:
+            self._judge_answer(upstream, answer, body, whole=held is Held.WHOLE)
+        elif gate.error:
+            answer = honest_answer(upstream, answer, gate.error)
+            self._judge_answer(upstream, answer, gate.error, whole=False)
+        elif held in (Held.WHOLE, Held.CUT) and not gate.content:
+            self._services.relay.close(upstream)
+            self.failed(cut_error(upstream.endpoint))
+        else:
+            self._begin_answer(upstream, answer)
 
-        Clients fetch that URL with the credential they have for us.
-        """
-        if body is not None:
-            host = self._request.head.host.encode("latin-1")
-            body = _RESULTS_URL.sub(rb"\1http://" + host + rb"\2", body)
-            upstream.buffer = body
-            kept = without_fields(answer.kept, frozenset([b"content-length"]))
-            kept += b"content-length: %d\r\n" % len(body)
-            kind = BodyKind.LENGTH
-            answer = answer._replace(kind=kind, length=len(body), kept=kept)
-        self._begin_answer(upstream, answer)
+    def _judge_answer(
+        self,
+        upstream: UpstreamConnection,
+        answer: AnswerHead,
+        body: bytes,
+        *,
+        whole: bool,
+    ) -> None:
+        """Do what the table says after an error answer."""
+        self._attempt = None
+        settings, model = self._services.config.failover, model_name(self._request)
+        evidence = evidence_of(answer, body, model, settings)
+        rule = evidence.rule
+        if not upstream.whole:  # an answer to the upload of a long body: not again
+            rule = rule._replace(verdict=Verdict.RELAY)
+        if rule.verdict is Verdict.AMBIGUOUS:
+            answer = inviting(answer, again=True)
+        self._course.trail.append(f"{upstream.endpoint.name} {answer.status}")
+        self._aside.put(ErrorAnswer(upstream, answer, evidence.stated_s, whole))
+        self._go_on(rule, evidence, None)
 
     def _begin_answer(self, upstream: UpstreamConnection, answer: AnswerHead) -> None:
+        """Commit: from here on nothing is tried again."""
+        services, course = self._services, self._course
         self._attempt = None
-        self._first_byte_s = time.monotonic()
+        self._aside.drop()
+        self._first_byte_s = now = time.monotonic()
+        course.answering = upstream.endpoint.name
+        lease = self._lease
+        if lease is not None:
+            course.trail.append(f"{upstream.endpoint.name} {answer.status}")
+        if lease is not None and answer.status < 400:
+            limits = answer.kept if b"anthropic-ratelimit-" in answer.kept else b""
+            ms = (now - lease.since) * 1000
+            self._report(services.pool.gain(lease, ms, limits))
         self._let_body_go()
+        request = course.marked(self._request)
         self._commit = Commit(
-            self._services, self._client, self._request, upstream, answer
+            services, self._client, request, upstream, answer, self._leads
         )
         self._commit.begin(self._answered_whole)
 
     def _answered_whole(self, ending: Ending) -> None:
         """Take note that the answer is over, well or not."""
-        status, outcome = ending.status, ending.outcome
-        answering: bool | None = status < 500 and status not in _FAILING
-        why = f"answered {status}"
-        if outcome is Outcome.CLIENT_CANCELLED:
-            answering = None
-        elif outcome is not Outcome.OK:
-            answering, why = False, ending.reason
-        elif not answering:
+        status, outcome, reason = ending.status, ending.outcome, ending.reason
+        evidence = evidence_after(ending)
+        if outcome is Outcome.OK and (status >= 500 or status in _FAILING):
             outcome = Outcome.UPSTREAM_ERROR
-        self._settle(answering=answering, why=why)
-        self._end(status, outcome, ending.reason, ending.sent_bytes)
-
-    def _let_body_go(self) -> None:
-        """Free the request's body: nothing is sent again after the commit."""
-        if self._held:
-            self._services.budget.give(self._held)
-            self._held = 0
-        if len(self._request.body) > READ_BYTES:
-            self._request = self._request._replace(body=b"")
-
-    # -- the end -------------------------------------------------------------
-
-    def _end(self, status: int, outcome: Outcome, reason: str, sent: int = 0) -> None:
-        """Count the exchange out and write its line, once."""
-        request, services = self._request, self._services
-        if self._over:
-            return
-        self._over = True
-        self._let_body_go()
-        services.pool.release()
-        if not services.log.shows(level_of(outcome)):
-            return
-        now, first = time.monotonic(), self._first_byte_s
-        services.log.exchange(
-            ExchangeRecord(
-                request_id=request.id,
-                method=request.head.method,
-                path=request.head.path,
-                endpoint=self._tried[-1].name if self._tried else "",
-                status=status,
-                attempts=len(self._tried),
-                first_byte_ms=None if first is None else (first - request.since) * 1000,
-                total_ms=(now - request.since) * 1000,
-                request_bytes=self._request_bytes,
-                response_bytes=sent,
-                ended=outcome,
-                reason=reason,
-            )
-        )
+        self._settle(evidence)
+        told = self._course.told()
+        if not reason and told:
+            reason = f"tried: {told}"
+        self._end(status, outcome, reason, ending.sent_bytes)
 
 
 # ============================================================================
-# 19. RECEPTION
+# 24. RECEPTION
 # ============================================================================
 #
 # From a client's bytes to an exchange, in the relay's thread; and what we answer
@@ -4534,10 +7775,13 @@ class Reception:
         next_id: Callable[[], str],
         serve: Callable[[ClientConnection], None],
     ) -> None:
-        self._services = services
-        self._access = access
         self._next_id = next_id
         self._serve = serve  # a worker's way of serving a request
+        self.configure(services, access)
+
+    def configure(self, services: Services, access: Access) -> None:
+        """Take requests by another configuration from now on."""
+        self._services, self._access = services, access
         limit = services.config.server.max_body_mib
         self.max_body_bytes = int(limit * 1024 * 1024)
 
@@ -4663,7 +7907,286 @@ class Reception:
 
 
 # ============================================================================
-# 20. SERVER
+# 25. REPORTS (pure)
+# ============================================================================
+#
+# Snapshots as the JSON documents of /health, /status and /providers.  Their shapes
+# are those that users of other balancers have scripts for, with fields added.
+
+
+def health_document(
+    snapshot: PoolSnapshot, *, status: str, uptime_s: float, at: str
+) -> dict[str, object]:
+    """Return what the Node balancer's /health says, by evidence, and more."""
+    states = snapshot.endpoints
+    return {
+        "status": status,
+        "timestamp": at,
+        "endpoints": [
+            {
+                "index": i + 1,
+                "baseURL": s.endpoint.base_url,
+                "hasToken": s.endpoint.credential is not None,
+            }
+            for i, s in enumerate(states)
+        ],
+        "currentEndpoint": snapshot.next_index + 1,
+        "version": VERSION,
+        "uptimeSeconds": int(uptime_s),
+        "inFlight": snapshot.in_flight,
+        "evidence": {s.endpoint.name: s.why for s in states},
+    }
+
+
+def _state_document(state: EndpointSnapshot) -> dict[str, object]:
+    """Return everything about one endpoint's state, in our own words."""
+    return {
+        "name": state.endpoint.name,
+        "group": state.endpoint.group or None,
+        "state": state.state,
+        "why": state.why,
+        "needs_attention": state.needs_attention,
+        "cooldowns": [
+            {
+                "model": key or None,
+                "rule": rule,
+                "seconds": None if math.isinf(left) else round(left, 1),
+            }
+            for key, rule, left in state.cooldowns
+        ],
+        "in_flight": state.in_flight,
+        "requests": state.used,
+        "succeeded": state.succeeded,
+        "failed": state.failed,
+        "limits": dict(state.limits),
+    }
+
+
+def table_lines(rules: Sequence[Rule]) -> list[str]:
+    """Return the decision table as text, a line for each row."""
+    titles = ("row", "phase", "status", "evidence", "what follows", "cooldown", "of")
+    rows = [
+        (
+            r.name,
+            r.phase.value,
+            " ".join(map(str, r.statuses)) or "-",
+            r.sign.value,
+            r.verdict.value,
+            str(r.cooling),
+            r.scope.value,
+        )
+        for r in rules
+    ]
+    widths = [max(map(len, column)) for column in zip(titles, *rows)]
+    lines = []
+    for row in (titles, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def explain_lines(
+    status: int, kept: bytes, body: bytes, settings: FailoverSettings, epoch: float
+) -> list[str]:
+    """Return what would follow an answer: the row, and what it leads to.
+
+    `kept` are its header lines; `epoch` is now.
+    """
+    stated_s, limits = stated_wait_s(kept, epoch), limit_fields(kept)
+    model = "the model"
+    finding = finding_of_answer(
+        status, body, stated=stated_s is not None, limits=limits, model=model
+    )
+    rule = judge(finding, settings)
+    lines = [*table_lines([rule]), "", f"why: {rule.why}"]
+    if rule.budgeted:
+        lines.append("trying again counts against the retry budget")
+    if rule.scope is not Scope.NONE:
+        key = cooldown_key(rule, model, limits)
+        whom = "that model on the endpoint" if key else "the endpoint"
+        length = str(rule.cooling)
+        if rule.cooling.stated:
+            length = f"{stated_s or 0:.0f} s, as stated"
+        lines.append(f"{whom} gets no attempt meanwhile: {length}")
+    if rule.cooling.attention:
+        lines.append("it needs somebody's attention: nothing else brings it back")
+    return lines
+
+
+FAILED_LATENCY_MS = 999_999  # what scripts of the latency switcher look for
+
+
+def status_document(
+    snapshot: PoolSnapshot, config: Config, *, port: int, epoch: float
+) -> dict[str, object]:
+    """Return the live state by base URL; a URL that stands twice gets its name.
+
+    `port` is the one listened on, `epoch` now.
+    """
+    keyed: dict[str, EndpointSnapshot] = {}
+    for state in snapshot.endpoints:
+        url = state.endpoint.base_url
+        keyed[f"{url}#{state.endpoint.name}" if url in keyed else url] = state
+    documents = {}
+    for url, state in keyed.items():
+        failing = state.answering is False
+        latency = FAILED_LATENCY_MS if failing else state.latency_ms
+        documents[url] = {
+            "endpoint": url,
+            "latency": None if latency is None else round(latency),
+            "available": state.state in ("ok", "unknown", "recovering"),
+            "error": state.why if failing else None,
+            "last_check": None
+            if math.isinf(state.seen_s)
+            else stamp(epoch - state.seen_s),
+            **_state_document(state),
+        }
+    current = list(keyed)[snapshot.next_index]
+    return {
+        "current_endpoint": current,
+        "total_active_connections": sum(s.in_flight for s in snapshot.endpoints),
+        "endpoint_connections": {url: s.in_flight for url, s in keyed.items()},
+        "endpoints": documents,
+        "mode": "manual" if snapshot.manual else "auto",
+        "manual_endpoint": snapshot.manual or None,
+        "strategy": config.balancing.strategy,
+        "affinity": config.balancing.affinity,
+        "timestamp": stamp(epoch),
+        "config": {
+            "port": port,
+            "switch_threshold_ms": config.balancing.switch_threshold_ms,
+        },
+    }
+
+
+def providers_document(
+    snapshot: PoolSnapshot, config: Config, faults: Sequence[str], *, epoch: float
+) -> dict[str, object]:
+    """Return the endpoints as a list; `faults` are the last reload's."""
+    listed = []
+    for state in snapshot.endpoints:
+        endpoint = state.endpoint
+        serving = state.state in ("ok", "unknown", "recovering")
+        models = [
+            {"pattern": r.pattern, "model": s.model or "passthrough"}
+            for r in config.routes
+            for s in r.steps
+            if endpoint.name == s.endpoint or (s.group and s.group == endpoint.group)
+        ]
+        word = "healthy" if serving else "unhealthy"
+        listed.append(
+            {
+                "type": "anthropic",
+                "base_url": endpoint.base_url,
+                "enabled": endpoint.enabled,
+                "healthy": serving,
+                "status": word if endpoint.enabled else "disabled",
+                "failure_count": state.failed,
+                "last_failure_time": max(0.0, epoch - state.failed_s),
+                "proxy": endpoint.proxy and endpoint.proxy.rpartition("@")[2],
+                "models": models or [{"pattern": p} for p in endpoint.models],
+                **_state_document(state),
+            }
+        )
+    return {
+        "total_providers": len(listed),
+        "healthy_providers": sum(bool(p["healthy"]) for p in listed),
+        "selection_strategy": config.balancing.strategy,
+        "total_model_routes": len(config.routes),
+        "providers": listed,
+        "reload_faults": list(faults),
+    }
+
+
+# ============================================================================
+# 26. RELOAD
+# ============================================================================
+#
+# Rule: a file is read and checked whole before anything of it counts; one at fault
+# changes nothing.  One thread does it, so that two reloads never meet.
+
+
+class Reloader:
+    """Takes over what the configuration file says, when it changes or is asked."""
+
+    def __init__(
+        self,
+        log: Log,
+        read: Callable[[], Config],
+        take: Callable[[Config], None],
+        path: str,
+    ) -> None:
+        self._log = log
+        self._read = read
+        self._take = take
+        self._path = path
+        self._asked: queue.SimpleQueue[queue.SimpleQueue[tuple[str, ...]] | None]
+        self._asked = queue.SimpleQueue()
+        self._loaded = self._seen = self._mark()
+        #: What was wrong with the file when it was read last.
+        self.faults: tuple[str, ...] = ()
+
+    def start(self) -> None:
+        """Watch the file from now on."""
+        threading.Thread(target=self._run, name="reload", daemon=True).start()
+
+    def reload(self) -> tuple[str, ...]:
+        """Read the file now; return its faults.  From any thread."""
+        answer: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
+        self._asked.put(answer)
+        return answer.get()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._asked.put(None)
+
+    def _mark(self) -> tuple[int, ...]:
+        """Return what changes when the file does; () while there is none."""
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return ()
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _run(self) -> None:
+        while True:
+            try:
+                answer = self._asked.get(timeout=WATCH_S)
+            except queue.Empty:
+                if self._has_changed():
+                    self._load("the file has changed")
+                continue
+            if answer is None:
+                return
+            self._load("asked to")
+            answer.put(self.faults)
+
+    def _has_changed(self) -> bool:
+        """Tell whether the file is another one, and whole: the same for a second."""
+        mark = self._mark()
+        settled = mark == self._seen
+        self._seen = mark
+        return settled and bool(mark) and mark != self._loaded
+
+    def _load(self, why: str) -> None:
+        self._loaded = self._mark()
+        try:
+            self._take(self._read())
+        except ConfigError as error:
+            self.faults = error.faults
+        except Exception:  # noqa: BLE001 - the running configuration stays
+            self._log.fault("reload: a fault of the proxy")
+            self.faults = ("a fault of the proxy; its log tells more",)
+        else:
+            self.faults = ()
+            self._log.write("info", f"configuration reloaded: {why}")
+            return
+        text = "the configuration stays as it was, the file has faults"
+        self._log.write("error", f"{text}: {'; '.join(self.faults)}")
+
+
+# ============================================================================
+# 27. SERVER
 # ============================================================================
 #
 # http.server gives the socket, the names and the frame of a handler; the reading of
@@ -4671,6 +8194,57 @@ class Reception:
 # fields and reads without a limit of time.
 
 _LOCAL_METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+class Control:
+    """What people change while it runs: each returns a status and a document."""
+
+    def __init__(self, server: Server, request_id: str) -> None:
+        self._server = server
+        self._request_id = request_id
+
+    def reload(self, *, body: bytes) -> tuple[int, object]:
+        """Read the configuration file again."""
+        del body
+        reloader = self._server.reloader
+        if reloader is None:
+            text = "there is no configuration file to read again"
+            raise RefusedError(400, text, close=False)
+        faults = reloader.reload()
+        if faults:
+            document = error_document(400, "; ".join(faults), self._request_id)
+            return 400, {**document, "status": "error", "faults": faults}
+        message = "Provider configuration reloaded successfully"
+        return 200, {"message": message, "status": "ok", "timestamp": _now_text()}
+
+    def endpoint(self, name: str, verb: str, *, body: bytes) -> tuple[int, object]:
+        """Pause or resume an endpoint."""
+        del body
+        pool = self._server.services.pool
+        if not pool.pause(name, paused=verb == "pause"):
+            raise self._unknown(name)
+        self._server.log.write("warn", f"{name}: {verb}d by hand")
+        return 200, {"status": "ok", "endpoint": name, "paused": verb == "pause"}
+
+    def mode(self, *, body: bytes) -> tuple[int, object]:
+        """Send everything to one endpoint, or let the strategy choose again."""
+        try:
+            wish = json.loads(body)
+            mode, name = wish["mode"], wish.get("endpoint", "")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            mode, name = "", ""
+        if mode not in ("auto", "manual") or (mode == "manual") != bool(name):
+            text = 'expected {"mode": "auto"} or {"mode": "manual", "endpoint": NAME}'
+            raise RefusedError(400, text, close=False)
+        if not self._server.services.pool.take_hold(str(name)):
+            raise self._unknown(str(name))
+        self._server.log.write("warn", f"mode {mode} by hand", endpoint=name or "-")
+        return 200, {"status": "ok", "mode": mode, "endpoint": name or None}
+
+    def _unknown(self, name: str) -> RefusedError:
+        names = ", ".join(e.name for e in self._server.config.endpoints)
+        text = f"there is no endpoint {name}: there are {names}"
+        return RefusedError(404, text, close=False)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -4686,6 +8260,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         "/": "_answer_root",
         "/health": "_answer_health",
         "/api/hello": "_answer_hello",
+        "/status": "_answer_status",
+        "/providers": "_answer_providers",
+    }
+    #: Those that need a client key where one is set.
+    GUARDED = frozenset(["/status", "/providers"])
+    #: pattern of a path -> method of Control that answers POST there
+    CHANGES: Mapping[str, str] = {
+        r"/providers/reload": "reload",
+        r"/api/endpoints/([^/]+)/(pause|resume)": "endpoint",
+        r"/api/mode": "mode",
     }
 
     def setup(self) -> None:
@@ -4741,18 +8325,46 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if under_v1(head.path):
             self._forward(head, length)
             return
+        for pattern, change in self.CHANGES.items():
+            match = re.fullmatch(pattern, head.path)
+            if match:
+                self._check_method(head, ("POST", "OPTIONS"))
+                self._change(change, match.groups(), head, length or 0)
+                return
         route = self.ROUTES.get(head.path)
         if route is None:
             raise RefusedError(
                 404, f"no such path here: {head.path} (the Claude API is under /v1/)"
             )
-        if head.method not in _LOCAL_METHODS:
-            allow = ", ".join(_LOCAL_METHODS)
+        self._check_method(head, _LOCAL_METHODS)
+        if head.path in self.GUARDED:
+            self.server.access.check_reader(head)
+        status, document = getattr(self, route)()
+        self._answer(status, document, has_body=has_body)
+
+    @staticmethod
+    def _check_method(head: RequestHead, allowed: Sequence[str]) -> None:
+        if head.method not in allowed:
+            allow = ", ".join(allowed)
             raise RefusedError(
                 405, f"{head.path} is for {allow}", fields=(("Allow", allow),)
             )
-        status, document = getattr(self, route)()
-        self._answer(status, document, has_body=has_body)
+
+    def _change(
+        self, change: str, words: Sequence[str], head: RequestHead, length: int
+    ) -> None:
+        """Do what a POST to one of our own paths asks for."""
+        access, address = self.server.access, self.client.address
+        access.check_change(head, address, has_body=bool(length) or head.chunked)
+        if head.chunked:
+            raise RefusedError(411, "a body here needs a Content-Length")
+        if head.expects and length and not self.client.buffer:
+            self.client.send_all(CONTINUE)
+        body = self.client.read_body(length, CHANGE_BYTES)
+        names = [urllib.parse.unquote(word) for word in words]
+        control = Control(self.server, self.request_id)
+        status, document = getattr(control, change)(*names, body=body)
+        self._answer(status, document, has_body=False)
 
     def _hold(self, size: int) -> None:
         """Count bytes of the body against the budget."""
@@ -4809,30 +8421,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._answer(204, None, has_body=has_body)
 
     def _answer_health(self) -> tuple[int, object]:
-        """Return what the Node balancer's /health says, by evidence, and more."""
+        """Return the health document; the code says it too."""
         server = self.server
         snapshot = server.services.pool.snapshot()
         status = "draining" if server.draining() else snapshot.status
         code = 503 if status in ("draining", "unhealthy") else 200
         if self.admission.foreign:
             return code, {"status": status}
-        listed = [
-            {"index": i + 1, "baseURL": s.endpoint.base_url, "hasToken": _has_token(s)}
-            for i, s in enumerate(snapshot.endpoints)
-        ]
-        return code, {
-            "status": status,
-            "timestamp": _now_text(),
-            "endpoints": listed,
-            "currentEndpoint": snapshot.next_index + 1,
-            "version": VERSION,
-            "uptimeSeconds": int(time.monotonic() - server.since),
-            "inFlight": snapshot.in_flight,
-            "evidence": {
-                s.endpoint.name: s.why if s.endpoint.enabled else "disabled"
-                for s in snapshot.endpoints
-            },
-        }
+        uptime_s = time.monotonic() - server.since
+        return code, health_document(
+            snapshot, status=status, uptime_s=uptime_s, at=_now_text()
+        )
+
+    def _answer_status(self) -> tuple[int, object]:
+        """Return the live state of every endpoint."""
+        server = self.server
+        snapshot = server.services.pool.snapshot()
+        return 200, status_document(
+            snapshot, server.config, port=server.port, epoch=_now()
+        )
+
+    def _answer_providers(self) -> tuple[int, object]:
+        """Return the list of endpoints."""
+        server = self.server
+        faults = server.reloader.faults if server.reloader else ()
+        snapshot = server.services.pool.snapshot()
+        return 200, providers_document(snapshot, server.config, faults, epoch=_now())
 
     def _answer_root(self) -> tuple[int, object]:
         """Return a short health document."""
@@ -4900,12 +8514,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
 
 
-def _has_token(state: EndpointSnapshot) -> bool:
-    return state.endpoint.credential is not None
+def _now() -> float:
+    return time.time()  # noqa: TID251 - a record, not a duration
 
 
 def _now_text() -> str:
-    return stamp(time.time())  # noqa: TID251 - a record, not a duration
+    return stamp(_now())
 
 
 class Listener:
@@ -4929,7 +8543,14 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, config: Config, log: Log) -> None:
+    def __init__(
+        self,
+        config: Config,
+        log: Log,
+        *,
+        read: Callable[[], Config] | None = None,
+        path: str = "",
+    ) -> None:
         settings = config.server
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
@@ -4940,14 +8561,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.since = time.monotonic()
         self.via = os.urandom(8).hex()
         self.budget = BodyBudget()
-        self.access = Access(
-            settings,
-            port=self.port,
-            via=self.via,
-            passes_credentials=any(
-                e.auth_type is AuthType.PASSTHROUGH for e in config.endpoints
-            ),
-        )
+        self.access = self._make_access(config)
         self.connections: set[ClientConnection] = set()
         #: Those beyond the cap, for as long as they read why.
         self.leaving: set[ClientConnection] = set()
@@ -4955,6 +8569,11 @@ class Server(http.server.ThreadingHTTPServer):
         self._draining = False
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
         self._full_logged = -ACCEPT_LOG_S
+        self._drift_s = _clock_drift_s()
+        #: None where there is no file to read again.
+        self.reloader: Reloader | None = None
+        if read is not None:
+            self.reloader = Reloader(log, read, self.reconfigure, path)
         self.listener = Listener(self)
         self.workers = Workers()
         self.relay = Relay(
@@ -4964,7 +8583,7 @@ class Server(http.server.ThreadingHTTPServer):
         )
         self.services = Services(
             config=config,
-            pool=Pool(config.endpoints),
+            pool=Pool(config),
             upstreams=Upstreams(config, self.relay),
             relay=self.relay,
             log=log,
@@ -4973,12 +8592,20 @@ class Server(http.server.ThreadingHTTPServer):
             work=self.workers.submit,
             refuse=self._refuse,
             budget=self.budget,
+            repeats=Repeats(),
+            shares={},
         )
         self.reception = Reception(
             self.services,
             self.access,
             next_id=self.next_request_id,
             serve=self._serve_in_worker,
+        )
+
+    def _make_access(self, config: Config) -> Access:
+        passing = any(e.auth_type is AuthType.PASSTHROUGH for e in config.endpoints)
+        return Access(
+            config.server, port=self.port, via=self.via, passes_credentials=passing
         )
 
     def server_bind(self) -> None:
@@ -5091,8 +8718,60 @@ class Server(http.server.ThreadingHTTPServer):
         except Exception:  # noqa: BLE001 - a worker outlives any fault
             self.log.fault("a fault in a worker")
 
+    def reconfigure(self, config: Config) -> None:
+        """Serve by another configuration; raises ConfigError.
+
+        From any thread but the relay's, which swaps it in one step.
+        """
+        config = with_known_endpoints(config, self.config.endpoints)
+        contexts = trust_contexts(config)
+        done = threading.Event()
+
+        def swap() -> None:
+            try:
+                self._swap(config, contexts)
+            finally:
+                done.set()
+
+        new = [e for e in config.enabled if e not in self.config.endpoints]
+        self._tell_restart(config)
+        if self.relay.tell(swap):
+            done.wait()
+            self._greet_aside(new)
+
+    def _swap(
+        self, config: Config, contexts: Mapping[str | None, ssl.SSLContext]
+    ) -> None:
+        services = self.services
+        services.pool.configure(config)
+        services.upstreams.configure(config, contexts)
+        self.config = config
+        self.services = services._replace(config=config)
+        self.access = self._make_access(config)
+        self.reception.configure(self.services, self.access)
+        self.log.configure(config.log)
+
+    def _tell_restart(self, config: Config) -> None:
+        """Say what a running program cannot take over."""
+        for name in ("host", "port"):
+            if getattr(config.server, name) != getattr(self.config.server, name):
+                self.log.write("warn", f"server.{name} counts from the next start")
+        for name in ("file", "color"):
+            if getattr(config.log, name) != getattr(self.config.log, name):
+                self.log.write("warn", f"log.{name} counts from the next start")
+        for warning in config.warnings:
+            self.log.write("warn", warning)
+
+    def _note_sleep(self) -> None:
+        """Find out that the machine slept: the monotonic clock stood still."""
+        drift_s = _clock_drift_s()
+        slept_s, self._drift_s = drift_s - self._drift_s, drift_s
+        if slept_s > SLEPT_S:
+            self.services.pool.slept(slept_s)
+
     def _keep_house(self) -> None:
         """Do what is due about once a second, in the relay's thread."""
+        self._note_sleep()
         self.services.upstreams.expire()
         self.log.reopen_if_moved()
         if self._spare is None:
@@ -5110,15 +8789,22 @@ class Server(http.server.ThreadingHTTPServer):
         """Start the threads; returns at once."""
         self.relay.start()
         self.relay.tell(self._listen)
-        threading.Thread(target=self._greet, name="greet", daemon=True).start()
+        self._greet_aside(self.config.enabled)
+        if self.reloader is not None:
+            self.reloader.start()
 
-    def _greet(self) -> None:
+    def _greet_aside(self, endpoints: Sequence[Endpoint]) -> None:
+        if endpoints:
+            greet = partial(self._greet, endpoints)
+            threading.Thread(target=greet, name="greet", daemon=True).start()
+
+    def _greet(self, endpoints: Sequence[Endpoint]) -> None:
         """Open a connection to each endpoint: warm for the first request.
 
         It is the evidence that /health has before any request; nothing is sent.
         """
         services = self.services
-        for endpoint in self.config.enabled:
+        for endpoint in endpoints:
             try:
                 connection = services.upstreams.connect(endpoint, None)
             except UpstreamError as error:
@@ -5132,6 +8818,8 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self, *, grace_s: float) -> None:
         """Take nothing new, finish what runs within `grace_s`, then end."""
         self._draining = True
+        if self.reloader is not None:
+            self.reloader.stop()
         self.relay.tell(partial(self.relay.close, self.listener))
         self.relay.tell(self.relay.drain)
         until = time.monotonic() + grace_s
@@ -5149,6 +8837,10 @@ class Server(http.server.ThreadingHTTPServer):
             os.close(spare)
 
 
+def _clock_drift_s() -> float:
+    return time.time() - time.monotonic()  # noqa: TID251 - that is the point
+
+
 def _turn_away(sock: socket.socket, message: str) -> None:
     """Say 503 on a socket that gets no ClientConnection, and close it."""
     try:
@@ -5162,7 +8854,7 @@ def _turn_away(sock: socket.socket, message: str) -> None:
 
 
 # ============================================================================
-# 21. DEMO
+# 28. DEMO
 # ============================================================================
 #
 # Upstreams to try the proxy on, without a key or a network.  They answer what a
@@ -5412,7 +9104,557 @@ class DemoUpstream(http.server.ThreadingHTTPServer):
 
 
 # ============================================================================
-# 22. CLI
+# 29. SELFTEST
+# ============================================================================
+#
+# The decision table, tried on the proxy as it serves, with upstreams that misbehave
+# by script.  A Fault says what happens and what that is evidence of; what must
+# follow is worked out from RULES by `judge` and `next_step`.
+# Rule: what may have been paid for stands here, not in the table, so that a table
+# which would pay twice is found wrong.
+
+_TRIED = 3  # endpoints
+_SIDE_BY_SIDE = 12  # cells mostly wait: 10 s in all, 60 s one by one
+_BIG_BYTES = 8 * 1024 * 1024  # more than two sockets' buffers take
+_HANG_S = 20.0
+_SETTLE_S = 5.0  # threads and sockets end a little after their cell
+_PRETENDED = (Sign.LOCAL, Sign.NETWORK, Sign.CERTIFICATE)
+_ASKED_MODEL = "claude-opus-5-5"
+_TRIED_BY = FailoverSettings(retry_delay_s=0.02, gate_s=0.5)
+
+
+class End(Enum):
+    """What a scripted upstream does after its last byte."""
+
+    KEEP = "goes on"
+    CLOSE = "closes"
+    RESET = "resets"
+    HALF = "ends its own side first"
+    STAY = "stays silent"
+
+
+class Fault(NamedTuple):
+    """How an upstream behaves, and what that is evidence of."""
+
+    phase: Phase
+    name: str
+    #: None: it is no fault.
+    finding: Finding | None
+    end: End = End.KEEP
+    #: Its answer, in pieces with a pause after each.
+    say: tuple[bytes, ...] = ()
+    #: What a client gets of the answer's body, if it gets it.
+    body: bytes = b""
+    #: The request may have been served.
+    paid: bool = False
+    pause_s: float = 0.0
+    #: Asked with a plain request, with one for a stream.
+    shapes: tuple[bool, ...] = (False, True)
+    #: Only on a connection that was kept, and only once.
+    kept: bool = False
+    path: str = MESSAGES_PATH
+    #: http, https or refused.
+    scheme: str = "http"
+
+
+def _error(kind: str, message: str = "no", code: str = "") -> bytes:
+    error = {"type": kind, "message": message, "details": {"error_code": code}}
+    return json.dumps({"type": "error", "error": error}).encode()
+
+
+def _reply(status: int, body: bytes, *fields: str, kind: str = "json") -> bytes:
+    length = f"Content-Length: {len(body)}"
+    lines = (f"Content-Type: {kind}", length, *fields, "", "")
+    return answer_start(status) + "\r\n".join(lines).encode() + body
+
+
+def _failing(
+    phase: Phase, name: str, end: End = End.CLOSE, sign: Sign = Sign.NONE
+) -> Fault:
+    """Return a fault without an answer."""
+    return Fault(phase, name, Finding(phase, sign=sign), end, paid=phase is Phase.WAIT)
+
+
+def _status(
+    status: int, name: str, sign: Sign = Sign.NONE, *fields: str, body: bytes = b""
+) -> Fault:
+    body = body or _error("api_error")
+    say, finding = (_reply(status, body, *fields),), Finding(Phase.ANSWER, status, sign)
+    return Fault(
+        Phase.ANSWER, f"{status} {name}".rstrip(), finding, End.KEEP, say, body
+    )
+
+
+def _stream(finding: Finding | None, name: str, end: End, *events: bytes) -> Fault:
+    """Return an event stream; End.KEEP ends it well, as far as chunks go."""
+    head = answer_start(200) + b"Content-Type: text/event-stream\r\n"
+    say = [head + b"Transfer-Encoding: chunked\r\n\r\n", *map(chunk, events)]
+    say += [LAST_CHUNK] if end is End.KEEP else []
+    pause_s = 0.1 if end is End.RESET else 0.0  # a reset overtakes what is unread
+    phase = finding.phase if finding else Phase.RELAY
+    return Fault(
+        phase, name, finding, end, tuple(say), b"".join(events), True, pause_s, (True,)
+    )
+
+
+def _early(kind: str, *, paid: bool = False) -> Fault:
+    """Return a stream that begins with an error event."""
+    error, finding = _error(kind), Finding(Phase.ANSWER, event_status(kind))
+    event = b"event: error\ndata: %b\n\n" % error
+    fault = _stream(finding, f"begins with {kind}", End.CLOSE, _START, event)
+    return fault._replace(phase=Phase.GATE, body=error, paid=paid)
+
+
+_START = b'event: message_start\ndata: {"type": "message_start"}\n\n'
+_TEXT = b'event: content_block_delta\ndata: {"delta": {"text": "hello"}}\n\n'
+_STOP = b'event: message_stop\ndata: {"type": "message_stop"}\n\n'
+_ERROR = b"event: error\ndata: %b\n\n" % _error("overloaded_error")
+_MESSAGE = b'{"type": "message", "content": [{"type": "text", "text": "hello"}]}'
+_STATED_S = 60.0
+_WAIT_FIELD = f"retry-after: {_STATED_S:.0f}"
+_USED_UP = (_WAIT_FIELD, "anthropic-ratelimit-unified-status: rejected")
+_CLAIM = "anthropic-ratelimit-unified-representative-claim: "
+_CONNECT_FAILS = partial(_failing, Phase.CONNECT)
+_SEND_FAILS = partial(_failing, Phase.SEND)
+_WAIT_FAILS = partial(_failing, Phase.WAIT)
+_CUT_EARLY = partial(_stream, Finding(Phase.GATE, sign=Sign.CUT))
+_CUT_LATE = partial(_stream, Finding(Phase.RELAY, sign=Sign.CUT))
+_FINE = Fault(Phase.RELAY, "a message", None, End.KEEP, (_reply(200, _MESSAGE),),
+              _MESSAGE, paid=True, shapes=(False,))  # fmt: skip
+_FINE_STREAM = _stream(None, "a stream", End.KEEP, _START, _TEXT, _STOP)
+_HALF_MESSAGE = _FINE._replace(
+    finding=Finding(Phase.RELAY, sign=Sign.CUT), say=(_FINE.say[0][:-9],)
+)
+# fmt: off
+FAULTS = (
+    _CONNECT_FAILS("no descriptors left here", sign=Sign.LOCAL),
+    _CONNECT_FAILS("no network here", sign=Sign.NETWORK),
+    _CONNECT_FAILS("bad certificate", sign=Sign.CERTIFICATE),
+    _CONNECT_FAILS("refuses connections")._replace(scheme="refused"),
+    _CONNECT_FAILS("closes during TLS")._replace(scheme="https"),
+    _SEND_FAILS("a kept one resets", End.RESET, Sign.STALE)._replace(kept=True),
+    _SEND_FAILS("closes"),
+    _SEND_FAILS("resets", End.RESET),
+    _SEND_FAILS("ends its own side first", End.HALF),
+    _status(413, "before all is sent")._replace(phase=Phase.SEND, end=End.STAY),
+    _WAIT_FAILS("a kept one closes (count_tokens)", sign=Sign.STALE)
+    ._replace(kept=True, path=COUNT_PATH, paid=False, shapes=(False,)),
+    _WAIT_FAILS("a kept one closes")._replace(kept=True),
+    _WAIT_FAILS("closes"),
+    _WAIT_FAILS("resets", End.RESET),
+    _WAIT_FAILS("closes in the head")._replace(say=(b"HTTP/1.1 200 OK\r\nDa",)),
+    _WAIT_FAILS("talks nonsense", End.STAY)._replace(say=(b"SSH-2.0-no\r\n\r\n",)),
+    _WAIT_FAILS("stays silent", End.STAY, Sign.SILENCE),
+    _WAIT_FAILS("a web page", sign=Sign.PAGE)
+    ._replace(paid=False, say=(_reply(200, b"<html>", kind="text/html"),)),
+    _status(429, "a model's week", Sign.MODEL_WINDOW, *_USED_UP,
+            _CLAIM + "seven_day_opus"),
+    _status(429, "the API's, per model", Sign.MODEL_WINDOW, _WAIT_FIELD,
+            "anthropic-ratelimit-requests-remaining: 0"),
+    _status(429, "five hours", Sign.WINDOW, *_USED_UP, _CLAIM + "five_hour"),
+    _status(429, "without a limit"),
+    _status(429, "spend cap", Sign.SPEND,
+            body=_error("rate_limit_error", code="enforced_spend_limit_reached")),
+    _status(400, "credit", Sign.CREDIT,
+            body=_error("invalid_request_error", "Your credit balance is too low")),
+    _status(404, "model", Sign.MODEL,
+            body=_error("not_found_error", f"model: {_ASKED_MODEL}")),
+    *(_status(status, "") for status in (400, 401, 402, 403, 404, 409, 413, 422)),
+    *(_status(status, "") for status in (500, 502, 503, 521, 522, 523, 525, 526, 529)),
+    *(_status(status, "")._replace(paid=True) for status in (504, 520, 524)),
+    *map(_early, ("overloaded_error", "api_error", "rate_limit_error", "billing_error",
+                  "authentication_error", "permission_error", "invalid_request_error")),
+    _early("timeout_error", paid=True),
+    _CUT_EARLY("closes after the head", End.CLOSE),
+    _CUT_EARLY("closes before content", End.CLOSE, _START),
+    _CUT_EARLY("resets before content", End.RESET, _START),
+    _CUT_EARLY("is empty", End.KEEP),
+    _CUT_EARLY("ends before content", End.KEEP, _START),
+    _CUT_LATE("is silent before content", End.STAY, _START)._replace(phase=Phase.GATE),
+    _stream(None, "is late with content", End.KEEP, _START, _TEXT + _STOP)
+    ._replace(phase=Phase.GATE, pause_s=1.5),
+    _stream(Finding(Phase.RELAY, sign=Sign.EVENT), "an error after content", End.KEEP,
+            _START, _TEXT, _ERROR),
+    _CUT_LATE("closes after content", End.CLOSE, _START, _TEXT),
+    _CUT_LATE("resets after content", End.RESET, _START, _TEXT),
+    _CUT_LATE("ends without message_stop", End.KEEP, _START, _TEXT),
+    _CUT_LATE("is silent after content", End.STAY, _START, _TEXT),
+    _HALF_MESSAGE._replace(name="closes in a message", end=End.CLOSE),
+    _HALF_MESSAGE._replace(name="is silent in a message", end=End.STAY),
+    _FINE_STREAM._replace(name="a slow stream", pause_s=0.05),
+    _FINE,
+    _FINE_STREAM,
+)
+# fmt: on
+
+
+class Cell(NamedTuple):
+    """One try: which fault, asked how, at how many of the endpoints."""
+
+    fault: Fault
+    stream: bool
+    resend: bool
+    faulty: int
+
+    def fault_of(self, index: int) -> Fault:
+        """Return how an endpoint behaves."""
+        fine = _FINE_STREAM if self.stream else _FINE
+        return self.fault if index < self.faulty else fine
+
+    def __str__(self) -> str:
+        shape, resend = (
+            "stream" if self.stream else "plain",
+            "on" if self.resend else "off",
+        )
+        where = f"{self.fault.phase.value}, {self.fault.name}"
+        return f"{where}: {shape}, resend {resend}, at {self.faulty} of {_TRIED}"
+
+
+def cells(names: Sequence[str] = ()) -> Iterator[Cell]:
+    """Yield every cell, or those of the faults with these names."""
+    for fault in FAULTS:
+        counts = (1,) if fault.kept or fault.finding is None else (1, _TRIED)
+        if not names or fault.name in names:
+            for cell in itertools.product(fault.shapes, (False, True), counts):
+                yield Cell(fault, *cell)
+
+
+_Cooldown = tuple[str, str, float]  # see EndpointSnapshot
+_Gets = tuple[int, bytes, bool, bool]  # the first four fields of a Result
+
+
+class Result(NamedTuple):
+    """What comes of a cell."""
+
+    status: int
+    #: Of an upstream's answer; empty: an error of ours.
+    body: bytes
+    whole: bool
+    #: The client is told that it may ask again.
+    retry: bool
+    attempts: tuple[int, ...]
+    cooldowns: tuple[tuple[_Cooldown, ...], ...]
+    #: How often the request may have been served.
+    served: int
+    under_way: int = 0
+
+
+def expected(cell: Cell) -> Result:
+    """Follow the table through the attempts of a cell."""
+    fault, index, served, step = cell.fault, 0, 0, Verdict.ANOTHER
+    used, retries = [0] * _TRIED, _TRIED_BY.retries
+    cooling: list[tuple[_Cooldown, ...]] = [()] * _TRIED
+    fine = cell.fault_of(_TRIED) if fault.finding else fault
+    gets: _Gets = (200, fine.body, True, False)
+    while fault.finding and index < cell.faulty and step is not Verdict.FRESH:
+        used[index] += 1
+        served += fault.paid
+        rule = judge(fault.finding, _TRIED_BY)
+        left = _TRIED - 1 - index
+        step = next_step(rule, Chances(left, retries, cell.resend, index))
+        retries -= step is Verdict.RETRY
+        if step is not Verdict.RETRY and rule.scope is not Scope.NONE:
+            cooling[index] = (_cooldown(rule, fault),)
+        if step is Verdict.RELAY:
+            gets = _relayed(fault, fault.finding, rule)
+            return Result(*gets, tuple(used), tuple(cooling), served)
+        index += step is Verdict.ANOTHER
+    used[index] += 1
+    return Result(*gets, tuple(used), tuple(cooling), served + 1)
+
+
+def _cooldown(rule: Rule, fault: Fault) -> _Cooldown:
+    key = cooldown_key(rule, _ASKED_MODEL, limit_fields(b"".join(fault.say)))
+    stated = rule.cooling.stated
+    return key, rule.name, _STATED_S if stated else rule.cooling.length(1)
+
+
+def _relayed(fault: Fault, finding: Finding, rule: Rule) -> _Gets:
+    """Return what the client gets of a failure."""
+    if finding.phase is Phase.RELAY:
+        return 200, fault.body, finding.sign is Sign.EVENT, False
+    own = {Sign.SILENCE: 408, Sign.LOCAL: 503}.get(finding.sign, 502)
+    body = fault.body if finding.status else b""
+    return finding.status or own, body, True, rule.verdict is Verdict.AMBIGUOUS
+
+
+_REQUEST = re.compile(
+    rb"(?is)POST /(\d+)/(\d)/.*?\r\ncontent-length: *(\d+)\r\n.*?\r\n(?<=\r\n\r\n)"
+)
+
+
+class ScriptedUpstream(socketserver.ThreadingTCPServer):
+    """Behaves as the cell and the endpoint want that a request's path names."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = BACKLOG
+
+    def __init__(self, todo: Sequence[Cell]) -> None:
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self._cells = todo
+        self._begun: set[int] = set()
+        #: Numbers of the cells whose request may have been served, each time.
+        self.ledger: list[int] = []
+        #: Its port is taken, and refuses.
+        self.deaf = socket.socket()
+        self.deaf.bind(("127.0.0.1", 0))
+        threading.Thread(target=self.serve_forever, name="scripts", daemon=True).start()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection, in a thread of its own."""
+        with request, contextlib.suppress(OSError):
+            request.settimeout(_HANG_S)
+            end = End.KEEP
+            while end is End.KEEP:
+                end = self._answer(request)
+            if end is End.HALF:
+                request.shutdown(socket.SHUT_WR)
+                threading.Event().wait(0.2)
+            if end is End.RESET:
+                linger = struct.pack("ii", 1, 0)
+                request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            while end is End.STAY and request.recv(READ_BYTES):
+                pass
+
+    def _answer(self, sock: socket.socket) -> End:
+        """Take a request and answer it."""
+        data = b""
+        while (found := _REQUEST.match(data)) is None:
+            piece = sock.recv(READ_BYTES)
+            if not piece or piece[0] == 0x16:  # it wants TLS
+                return End.CLOSE
+            data += piece
+        number, index, length = map(int, found.groups())
+        once = self._cells[number].fault.kept and number in self._begun
+        fault = self._cells[number].fault_of(_TRIED if once else index)
+        self._begun.add(number)
+        left = length - len(data[found.end() :])
+        while left > 0 and fault.phase is not Phase.SEND:
+            left -= len(sock.recv(READ_BYTES)) or left
+        self.ledger += [number] * fault.paid
+        for piece in fault.say:
+            sock.sendall(piece)
+            threading.Event().wait(fault.pause_s)
+        return fault.end
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of connections that the proxy has closed."""
+
+
+class ScriptedUpstreams(Upstreams):
+    """Connects as a cell wants it; what only our own machine can do is pretended."""
+
+    def __init__(self, config: Config, relay: Relay, cell: Cell) -> None:
+        super().__init__(config, relay)
+        self._fault, self._faulty = cell.fault, config.endpoints[: cell.faulty]
+
+    def connect(
+        self, endpoint: Endpoint, client: ClientConnection | None
+    ) -> UpstreamConnection:
+        """See Upstreams; without a client, only where it is to be a kept one."""
+        name, finding = self._fault.name, self._fault.finding
+        if client is None and not self._fault.kept:
+            raise UpstreamError(Phase.CONNECT, "nothing is kept")
+        if endpoint in self._faulty and finding and finding.sign in _PRETENDED:
+            facts = {finding.sign.name.lower(): True}
+            raise UpstreamError(Phase.CONNECT, name, **facts)
+        return super().connect(endpoint, client)
+
+
+def _configured(cell: Cell, number: int, upstream: ScriptedUpstream) -> Config:
+    """Return the configuration of a cell's proxy."""
+    endpoints = []
+    for index in range(_TRIED):
+        scheme = cell.fault.scheme if index < cell.faulty else "http"
+        sock = upstream.deaf if scheme == "refused" else upstream.socket
+        name, url = f"e{index + 1}", f"127.0.0.1/{number}/{index}"
+        host, _, prefix = url.partition("/")
+        port, kind = int(sock.getsockname()[1]), AuthType.API_KEY
+        secure, secret = scheme == "https", Secret("selftest")
+        endpoints.append(
+            Endpoint(name, url, secure, host, port, f"/{prefix}", kind, secret)
+        )
+    silence = cell.fault.finding and cell.fault.finding.sign is Sign.SILENCE
+    return Config(
+        tuple(endpoints),
+        ServerSettings(port=0),
+        TimeoutSettings(first_byte_s=1.0 if silence else _HANG_S, idle_s=1.5),
+        failover=dataclasses.replace(_TRIED_BY, resend_ambiguous=cell.resend),
+    )
+
+
+def _await(is_so: Callable[[], bool], most_s: float) -> bool:
+    """Wait until something is so; tell whether it is."""
+    until = time.monotonic() + most_s
+    while not is_so() and time.monotonic() < until:
+        threading.Event().wait(0.005)
+    return is_so()
+
+
+def _ask(port: int, cell: Cell) -> bytes:
+    """Return the proxy's whole answer; raises OSError."""
+    size = _BIG_BYTES if cell.fault.phase is Phase.SEND else 0
+    facts = {"model": _ASKED_MODEL, "stream": cell.stream, "system": "x" * size}
+    body, raw = json.dumps(facts).encode(), bytearray()
+    head = f"POST {cell.fault.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+    head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    until = time.monotonic() + _HANG_S
+    with socket.create_connection(("127.0.0.1", port), _HANG_S) as sock:
+        sock.sendall(head.encode() + body)
+        with contextlib.suppress(ConnectionError):  # a reset: it is cut
+            for piece in iter(partial(sock.recv, READ_BYTES), b""):
+                raw += piece
+                sock.settimeout(max(0.001, until - time.monotonic()))
+    return bytes(raw)
+
+
+def _result(raw: bytes, pool: PoolSnapshot, want: Result) -> Result:
+    """Return what has come of a cell; raises ValueError for bad HTTP."""
+    head, _, rest = raw.partition(CRLF + CRLF)
+    answer = parse_answer_head(head + CRLF + CRLF, "POST")
+    reader = body_reader(answer, keep_payload=True)
+    reader.feed(rest)
+    body, states = reader.payload, pool.endpoints
+    if not reader.done and want.body.startswith(body):
+        body = want.body  # as much of it as came before the cut
+    if b"\r\nx-claude-lb-endpoint: " not in head and error_of(body)[0]:
+        body = b""
+    return Result(
+        answer.status,
+        body,
+        reader.done,
+        b"\r\nx-should-retry: true" in head,
+        tuple(s.used for s in states),
+        tuple(s.cooldowns for s in states),
+        want.served,  # that is told when all is over
+        pool.in_flight + sum(s.in_flight for s in states),
+    )
+
+
+class Trial:
+    """A cell that is tried on a proxy of its own."""
+
+    def __init__(self, cell: Cell, number: int) -> None:
+        self.cell, self.number, self.want = cell, number, expected(cell)
+        self.faults: list[str] = []
+
+    def run(self, upstream: ScriptedUpstream, workers: Workers, log: Log) -> None:
+        """Ask once, and compare."""
+        config = _configured(self.cell, self.number, upstream)
+        server = Server(config, log)
+        pool = Pool(config, clock=lambda: 0.0)  # so that cooldowns keep their length
+        upstreams = ScriptedUpstreams(config, server.relay, self.cell)
+        services = server.services._replace(pool=pool, upstreams=upstreams)
+        server.services = services._replace(work=workers.submit)
+        server.reception.configure(server.services, server.access)
+        server.start()
+        try:
+            _await(lambda: _is_greeted(pool), _SETTLE_S)
+            raw = _ask(server.port, self.cell)
+            for name, due, got in zip(
+                Result._fields, self.want, _result(raw, pool.snapshot(), self.want)
+            ):
+                if due != got:
+                    self.faults.append(f"{name} {got!r}, expected {due!r}")
+        except (TimeoutError, socket.timeout):
+            self.faults.append(f"it hangs: no whole answer in {_HANG_S:g} s")
+        except (OSError, ValueError) as error:
+            self.faults.append(f"no answer: {error!r}")
+        finally:
+            server.stop(grace_s=1.0)
+
+    def audit(self, times: int) -> None:
+        """Compare how often the request was served: without resend, never twice."""
+        if times != self.want.served or (times > 1 and not self.cell.resend):
+            due = self.want.served
+            self.faults.append(f"served {times} times, the table says {due}")
+
+
+def _is_greeted(pool: Pool) -> bool:
+    return all(e.answering is not None for e in pool.snapshot().endpoints)
+
+
+def _census() -> tuple[int, int]:
+    """Return how many threads there are, idle workers apart, and descriptors."""
+    threads = [t for t in threading.enumerate() if t.name != "worker"]
+    return len(threads), len(os.listdir("/dev/fd"))
+
+
+def _run_all(trials: Sequence[Trial], upstream: ScriptedUpstream) -> list[str]:
+    """Run trials side by side; return what they have left behind."""
+    log, workers, runners = Log(LogSettings(level="error")), Workers(), Workers()
+    slow_last = sorted(trials, key=lambda t: t.cell.fault.end is End.STAY)
+    before = _census()
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                slow_last.pop().run(upstream, workers, log)
+
+    def is_clean() -> bool:
+        return not workers.busy and all(map(operator.le, _census(), before))
+
+    for _ in range(_SIDE_BY_SIDE):
+        runners.submit(work)
+    _await(lambda: not runners.busy, math.inf)
+    if _await(is_clean, _SETTLE_S):
+        return []
+    return [f"threads, descriptors: {_census()}, before the first cell {before}"]
+
+
+def run_selftest(report: Callable[[str], None], names: Sequence[str] = ()) -> list[str]:
+    """Try every cell, or those of some faults; return what went wrong.
+
+    `report` gets the lines of the matrix.
+    """
+    since, todo = time.monotonic(), tuple(cells(names))
+    trials = [Trial(cell, number) for number, cell in enumerate(todo)]
+    with ScriptedUpstream(todo) as upstream, upstream.deaf:
+        misses = _run_all(trials, upstream)
+        upstream.shutdown()
+    misses += [] if names else _untried_rows()
+    times = collections.Counter(upstream.ledger)
+    for trial in trials:
+        trial.audit(times[trial.number])
+    misses += [f"{t.cell}: {fault}" for t in trials for fault in t.faults]
+    for line in (*matrix_lines(trials), *(f"MISS {miss}" for miss in misses)):
+        report(line)
+    took_s = time.monotonic() - since
+    report(f"{len(trials)} cells, {len(misses)} misses, {took_s:.1f} s")
+    return misses
+
+
+def _untried_rows() -> list[str]:
+    found = [judge(f.finding, _TRIED_BY) for f in FAULTS if f.finding]
+    return [f"row {r.name}: no fault tries it" for r in RULES if r not in found]
+
+
+def matrix_lines(trials: Sequence[Trial]) -> Iterator[str]:
+    """Yield a line for each fault: its row, and how its cells went."""
+    form = "{:8}{:34}{:14}{:10}" + "{:11}" * 4
+    told = ("plain off", "plain on", "stream off", "stream on")
+    yield form.format("phase", "fault", "row", "verdict", *told).rstrip()
+    for fault in FAULTS:
+        mine = [t for t in trials if t.cell.fault is fault]
+        rule = judge(fault.finding, _TRIED_BY) if fault.finding else None
+        marks = []
+        for column in itertools.product((False, True), (False, True)):
+            runs = [t.faults for t in mine if t.cell[1:3] == column]
+            marks.append(("MISS" if any(runs) else "ok") if runs else "-")
+        row = (rule.name, rule.verdict.name.lower()) if rule else ("-", "-")
+        if mine:
+            cells_of = (fault.phase.value, fault.name, *row, *marks)
+            yield form.format(*cells_of).rstrip()
+
+
+def cmd_selftest() -> int:
+    """Try the decision table on scripted upstreams; 1 if anything goes wrong."""
+    return 1 if run_selftest(print) else 0
+
+
+# ============================================================================
+# 30. CLI
 # ============================================================================
 #
 # The only place that reads arguments, the environment and configuration files,
@@ -5489,7 +9731,45 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--check", action="store_true", help="check the configuration, show it and end")
     add("--version", action="version", version=f"{PROXY_NAME} {VERSION}")
+    _add_commands(parser)
     return parser
+
+
+def _add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add what it can do besides serving."""
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    explain = commands.add_parser(
+        "explain",
+        help="print the decision table, or the row for an answer",
+        description="Print the table that decides on failover, or, given --status,"
+        " the row for such an answer and what follows.",
+    )
+    explain.add_argument("--status", type=int, metavar="CODE")
+    explain.add_argument(
+        "--header", action="append", default=[], metavar="LINE", help="may be repeated"
+    )
+    explain.add_argument("--body", default="", help="the answer's JSON")
+    commands.add_parser(
+        "selftest",
+        help="try every row of the table with scripted upstreams (no key needed)",
+    )
+
+
+def cmd_explain(arguments: argparse.Namespace) -> int:
+    """Print the decision table, or what follows one answer."""
+    if arguments.status is None:
+        print("\n".join(table_lines(RULES)))
+        return 0
+    kept = "".join(f"{line.strip()}\r\n" for line in arguments.header)
+    lines = explain_lines(
+        arguments.status,
+        kept.encode("latin-1", "replace"),
+        arguments.body.encode(),
+        FailoverSettings(),
+        time.time(),  # noqa: TID251 - resets are stated in epoch seconds
+    )
+    print("\n".join(lines))
+    return 0
 
 
 def config_places() -> tuple[str, ...]:
@@ -5630,6 +9910,19 @@ def describe(config: Config) -> str:
     lines.append(f"client keys: {keys or 'none (this machine only)'}")
     if server.cors_origins:
         lines.append(f"web origins: {', '.join(server.cors_origins)}")
+    balancing, failover = config.balancing, config.failover
+    lines.append(f"balancing: {balancing.strategy}, affinity {balancing.affinity}")
+    for route in config.routes:
+        steps = ", ".join(
+            (s.endpoint or f"group {s.group}") + (f" as {s.model}" if s.model else "")
+            for s in route.steps
+        )
+        lines.append(f"route {route.pattern}: {steps}")
+    again = "sent again" if failover.resend_ambiguous else "left to the client"
+    lines.append(
+        f"failover: {failover.attempts} endpoints at most, retries in place:"
+        f" {failover.retries}, what may have been served is {again}"
+    )
     timeouts = config.timeouts
     lines.append(
         f"timeouts: connect {timeouts.connect_s:g} s, first byte"
@@ -5683,11 +9976,12 @@ def port_owner(port: int) -> str:
     return f"process {match[1]} ({match[2]})" if match else ""
 
 
-def _bind(config: Config, log: Log) -> Server:
+def _bind(config: Config, log: Log, read: Callable[[], Config]) -> Server:
     """Return the listening server; raises ConfigError with the reason in one line."""
     host, port = config.server.host, config.server.port
+    file = os.path.isfile(config.source)
     try:
-        return Server(config, log)
+        return Server(config, log, read=read if file else None, path=config.source)
     except (OSError, OverflowError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
         if getattr(error, "errno", None) == errno.EADDRINUSE:
@@ -5723,41 +10017,46 @@ def _announce(server: Server, config: Config) -> None:
 
 
 def _catch_signals() -> int:
-    """Return a descriptor with a byte for each SIGTERM or SIGINT from now on.
+    """Return a descriptor with a byte, its number, for each signal from now on.
 
     The interpreter itself writes them.  An Event set by a handler stood still
     for ever where the signal came while the same thread was beginning to wait.
     """
-    asked, waker = os.pipe()
+    told, waker = os.pipe()
     os.set_blocking(waker, False)
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     came: list[int] = []
 
-    def stop(number: int, _: object) -> None:
-        if came:
-            os._exit(0)  # asked twice: now
-        came.append(number)
+    def handle(number: int, _: object) -> None:
+        if number != signal.SIGHUP:
+            if came:
+                os._exit(0)  # asked twice: now
+            came.append(number)
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    return asked
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, handle)
+    return told
 
 
-def cmd_serve(config: Config) -> int:
-    """Serve until SIGTERM or SIGINT."""
+def cmd_serve(config: Config, read: Callable[[], Config]) -> int:
+    """Serve until SIGTERM or SIGINT; SIGHUP has `read` bring the configuration."""
     _raise_limits()
     sys.setswitchinterval(SWITCH_S)
     try:
         log = Log(config.log, color=wants_color(config.log, sys.stderr))
     except OSError as error:
         raise ConfigError([f"log.file {config.log.file}: {error.strerror}"]) from error
-    server = _bind(config, log)
-    asked = _catch_signals()
+    server = _bind(config, log, read)
+    told = _catch_signals()
     server.start()
     _announce(server, config)
-    os.read(asked, 1)
+    while os.read(told, 1)[0] == signal.SIGHUP:
+        if server.reloader is None:
+            log.write("warn", "SIGHUP: there is no configuration file to read again")
+        else:
+            server.reloader.reload()
     log.write("info", "asked to stop: finishing what runs")
-    server.stop(grace_s=config.server.drain_s)
+    server.stop(grace_s=server.config.server.drain_s)
     log.write("info", "stopped")
     return 0
 
@@ -5765,16 +10064,26 @@ def cmd_serve(config: Config) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = build_parser().parse_args(argv)
+    if arguments.command == "explain":
+        return cmd_explain(arguments)
+    if arguments.command == "selftest":
+        return cmd_selftest()
+
+    def read() -> Config:
+        return apply_overrides(find_config(arguments), arguments)
+
     try:
-        config = apply_overrides(find_config(arguments), arguments)
+        config = read()
         if arguments.check:
             for warning in config.warnings:
                 print(f"warning: {warning}")
+            for note in config.notes:
+                print(f"note: {note}")
             trust_contexts(config)
             print(describe(config))
             print("the configuration is good")
             return 0
-        return cmd_serve(config)
+        return cmd_serve(config, read)
     except ConfigError as error:
         print(
             "\n".join(f"{PROXY_NAME}: {fault}" for fault in error.faults),

@@ -26,12 +26,14 @@ import importlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import plistlib
 import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -1111,6 +1113,227 @@ class TestConfigFinalFaults:
         assert len(final_faults(server, "https://127.0.0.1")) == 3
 
 
+def with_sections(**sections: object) -> dict[str, object]:
+    """Return a configuration of endpoints a and b with further sections."""
+    return {"endpoints": [item(name="a"), item(name="b")], **sections}
+
+
+class TestConfigBalancing:
+    def test_the_defaults_are_the_binding_ones(self) -> None:
+        config = load([item()])
+        balancing, failover = config.balancing, config.failover
+        assert (balancing.strategy, balancing.affinity) == ("round_robin", "off")
+        assert (balancing.idle_s, balancing.switch_threshold_ms) == (300.0, 50.0)
+        assert not balancing.dedupe
+        assert (failover.attempts, failover.retries, failover.cooldown_s) == (
+            4,
+            1,
+            None,
+        )
+        assert (failover.retry_delay_s, failover.retry_backoff) == (0.75, 2.0)
+        assert (failover.total_s, failover.gate_s) == (600.0, 10.0)
+        assert (failover.statuses, failover.error_types) == ({}, {})
+        assert not failover.resend_ambiguous
+        (one,) = config.endpoints
+        assert (one.weight, one.priority, one.models, one.group) == (1, 0, (), "")
+        assert config.routes == ()
+
+    def test_every_key_is_read(self) -> None:
+        config = load(
+            with_sections(
+                balancing={
+                    "strategy": "fastest",
+                    "affinity": "conversation",
+                    "idleRecoverySeconds": 7,
+                    "switchThresholdMs": 20,
+                    "dedupe": True,
+                },
+                failover={
+                    "attempts": 3,
+                    "retries": 2,
+                    "retryDelayMs": 1000,
+                    "retryBackoff": 1.5,
+                    "cooldown": 60,
+                    "statuses": {"404": "failover", "529": "relay"},
+                    "errorTypes": {"api_error": "relay"},
+                    "totalSeconds": 100,
+                    "gateSeconds": 0,
+                    "resendAmbiguous": True,
+                },
+            )
+        )
+        balancing = claude_lb.BalancingSettings(
+            "fastest", "conversation", 7.0, 20.0, dedupe=True
+        )
+        assert config.balancing == balancing
+        failover = config.failover
+        assert (failover.attempts, failover.retries, failover.cooldown_s) == (3, 2, 60)
+        assert (failover.retry_delay_s, failover.retry_backoff) == (1.0, 1.5)
+        assert failover.statuses == {404: "failover", 529: "relay"}
+        assert failover.error_types == {"api_error": "relay"}
+        assert (failover.total_s, failover.gate_s) == (100.0, 0.0)
+        assert failover.resend_ambiguous
+
+    @pytest.mark.parametrize("name", claude_lb.STRATEGY_NAMES)
+    def test_every_strategy_can_be_chosen(self, name: str) -> None:
+        config = load(with_sections(balancing={"strategy": name}))
+        assert claude_lb.Pool(config).reserve(wish()) is not None
+        assert set(claude_lb.STRATEGIES) == set(claude_lb.STRATEGY_NAMES)
+
+    def test_an_endpoint_has_its_share_its_rank_and_its_models(self) -> None:
+        one = only_endpoint(item(weight=5, priority=-2, models=["claude-*", "x"]))
+        assert (one.weight, one.priority) == (5, -2)
+        assert one.models == ("claude-*", "x")
+
+    @pytest.mark.parametrize(
+        ("changes", "fault"),
+        [
+            ({"weight": 0}, "weight: expected a whole number"),
+            ({"weight": 1.5}, "weight: expected a whole number"),
+            ({"priority": "1"}, "priority: expected a whole number"),
+            ({"models": "x"}, "models: expected a list of texts"),
+            ({"models": ["x", 3]}, "models[1]: expected a text"),
+            ({"wieght": 3}, "wieght: unknown key (did you mean weight?)"),
+        ],
+    )
+    def test_a_fault_of_an_endpoint_names_its_path(
+        self, changes: dict[str, object], fault: str
+    ) -> None:
+        (found,) = faults_of([item(), item(**changes)])
+        assert found.startswith(f"endpoints[1].{fault}")
+
+    @pytest.mark.parametrize(
+        ("section", "value", "fault"),
+        [
+            ("balancing", [], ": expected an object"),
+            ("failover", 3, ": expected an object"),
+            ("failovr", {}, ": unknown key (did you mean failover?)"),
+            ("balancing", {"strategy": "fast"}, ".strategy: expected one of round_"),
+            ("balancing", {"afinity": ""}, ".afinity: unknown key (did you mean af"),
+            ("balancing", {"affinity": "x"}, ".affinity: expected one of off, last_"),
+            ("failover", {"attempts": 0}, ".attempts: expected a whole number from 1"),
+            ("failover", {"gateSeconds": -1}, ".gateSeconds: expected a number"),
+            ("failover", {"resendAmbiguous": "no"}, ".resendAmbiguous: expected true"),
+            ("failover", {"statuses": {"200": "failover"}}, ".statuses.200: expected"),
+            ("failover", {"statuses": {"429": "x"}}, ".statuses.429: expected one of"),
+            ("failover", {"errorTypes": ["x"]}, ".errorTypes: expected an object"),
+        ],
+    )
+    def test_a_fault_of_a_section_names_its_path(
+        self, section: str, value: object, fault: str
+    ) -> None:
+        (found,) = faults_of(with_sections(**{section: value}))
+        assert found.startswith(section + fault)
+
+    def test_a_near_miss_of_a_value_gets_a_hint(self) -> None:
+        (fault,) = faults_of(with_sections(balancing={"strategy": "least-busy"}))
+        assert fault.endswith("(did you mean least_busy?)")
+        (fault,) = faults_of(with_sections(failover={"retry_delay_ms": 5}))
+        assert fault.endswith("unknown key (did you mean retryDelayMs?)")
+
+
+def group(*members: object, **facts: object) -> dict[str, object]:
+    """Return the group g; None takes a key away."""
+    whole = {"name": "g", "endpoints": list(members), **facts}
+    return {k: v for k, v in whole.items() if v is not None}
+
+
+class TestConfigGroups:
+    def test_endpoints_of_a_group_share_its_credential_in_file_order(self) -> None:
+        shared = {"name": "g", "authTokenEnv": "G_TOKEN"}
+        raw = {
+            "endpoints": [item(name="a")],
+            "groups": [
+                {
+                    **shared,
+                    "default": True,
+                    "endpoints": [
+                        {"name": "b", "url": "https://b.example"},
+                        {"name": "c", "baseURL": URL, "authToken": "own-token-1"},
+                    ],
+                }
+            ],
+        }
+        config = load(raw, FakeTokenSource({"G_TOKEN": "shared-token-1"}))
+        assert [(e.name, e.group) for e in config.endpoints] == [
+            ("a", ""),
+            ("b", "g"),
+            ("c", "g"),
+        ]
+        tokens = [t for _, t in shape_of(config)]
+        assert tokens == [TOKEN, "shared-token-1", "own-token-1"]
+        assert [e.default for e in config.endpoints] == [False, True, False]
+
+    def test_a_file_may_hold_groups_alone(self) -> None:
+        config = load({"groups": [group({"baseURL": URL}, authToken=TOKEN)]})
+        assert [e.group for e in config.endpoints] == ["g"]
+
+    @pytest.mark.parametrize(
+        ("groups", "fault"),
+        [
+            ({}, ": expected a list of groups, got an object"),
+            (["x"], "[0]: expected an object, got a text"),
+            ([group(item(), name=None)], "[0].name: expected a text"),
+            ([{"name": "g"}], "[0].endpoints: expected a list with at least"),
+            ([group()], "[0].endpoints: expected a list with at least"),
+            ([group(item(), authTokenEnw="X")], "[0].authTokenEnw: unknown key (did"),
+            ([group(item(weigth=2))], "[0].endpoints[0].weigth: unknown key (did"),
+            ([group({"baseURL": URL})], "[0].endpoints[0]: expected one of authToken"),
+            ([group(item(), item(name="a"))], "[0].endpoints[1].name: the name a is"),
+            ([group(item(), default="yes")], "[0].default: expected true or false"),
+        ],
+    )
+    def test_a_fault_names_its_path(self, groups: object, fault: str) -> None:
+        (found,) = faults_of({"endpoints": [item(name="a")], "groups": groups})
+        assert found.startswith(f"groups{fault}")
+
+
+class TestConfigRoutes:
+    def test_a_route_lists_who_serves_and_under_which_name(self) -> None:
+        steps = [
+            {"endpoint": "a", "model": "other", "priority": 3},
+            {"endpoint": "b", "model": "passthrough"},
+            {"endpoint": "b", "enabled": False},
+        ]
+        config = load(with_sections(routes={"claude-*": steps}))
+        assert config.routes == (
+            claude_lb.Route(
+                "claude-*",
+                (
+                    claude_lb.RouteStep("a", "", "other", 3),
+                    claude_lb.RouteStep("b", "", None, None),
+                ),
+            ),
+        )
+
+    @pytest.mark.parametrize(
+        ("routes", "fault"),
+        [
+            ([], ": expected an object"),
+            ({"m": []}, '["m"]: expected a list with at least one'),
+            ({"m": "a"}, '["m"]: expected a list with at least one'),
+            ({"m": ["a"]}, '["m"][0]: expected an object, got a text'),
+            ({"m": [{}]}, '["m"][0]: expected either an endpoint or a group'),
+            ({"m": [{"endpoint": "a", "group": "g"}]}, '["m"][0]: expected either'),
+            (
+                {"m": [{"endpoint": "a"}, {"endpoint": "primry"}]},
+                '["m"][1].endpoint: there is no endpoint primry (did you mean primary?',
+            ),
+            ({"m": [{"group": "g"}]}, '["m"][0].group: there is no group g'),
+            ({"m": [{"endpoint": "a", "modl": ""}]}, '["m"][0].modl: unknown key (did'),
+            (
+                {"m": [{"endpoint": "a", "priority": 1.5}]},
+                '["m"][0].priority: expected',
+            ),
+            ({"m": [{"endpoint": "a", "model": ""}]}, '["m"][0].model: expected a'),
+        ],
+    )
+    def test_a_fault_names_its_path(self, routes: object, fault: str) -> None:
+        endpoints = [item(name="a"), item(name="primary")]
+        (found,) = faults_of({"endpoints": endpoints, "routes": routes})
+        assert found.startswith(f"routes{fault}")
+
+
 # -- 5. http ---------------------------------------------------------------
 
 GOOD_HEADS: list[tuple[str, bytes, dict[str, object], int | None]] = [
@@ -1891,6 +2114,102 @@ class TestHttpAnswerHeads:
         assert claude_lb.connection_line(keep=keep, modern=modern) == line
 
 
+EPOCH = 1_700_000_000.0  # 2023-11-14T22:13:20Z
+UNIFIED = "anthropic-ratelimit-unified"
+REJECTED = f"{UNIFIED}-status: rejected"
+REQUESTS = "Anthropic-RateLimit-Requests"
+USED_UP, LEFT = f"{REQUESTS}-Remaining: 0", f"{REQUESTS}-Remaining: 7"
+
+
+def kept_of(*fields: str) -> bytes:
+    """Return the field lines that an answer keeps."""
+    return b"".join(f"{f}\r\n".encode("latin-1") for f in ("x-a: 1", *fields))
+
+
+class TestHttpLimits:
+    @pytest.mark.parametrize(
+        ("fields", "wait_s"),
+        [
+            ([], None),
+            (["Retry-After: 20"], 20),
+            (["retry-after: 0.5 "], 0.5),
+            (["retry-after-ms: 1500", "retry-after: 20"], 1.5),
+            (["retry-after-ms: soon", "retry-after: 20"], 20),
+            (["retry-after-ms: 0", "retry-after: 20"], 20),
+            (["retry-after: Tue, 14 Nov 2023 22:13:50 GMT"], 30),
+            (["retry-after: Tue, 14 Nov 2023 22:13:10 GMT"], None),
+            (["retry-after: 2023-11-14T22:13:50Z"], 30),
+            (["retry-after: "], None),
+            (["retry-after: soon"], None),
+            (["retry-after: \xb2"], None),
+            (["retry-after: Tue, 99 Foo 2023 99:99:99 GMT"], None),
+            (["retry-after: 0"], None),
+            (["retry-after: -5"], None),
+            (["retry-after: 1e9"], None),
+            (["retry-after: nan"], None),
+            (["retry-after: inf"], None),
+            (["x-retry-after: 20"], None),
+            ([f"retry-after: {8 * 86_400}"], 8 * 86_400),
+            ([f"retry-after: {8 * 86_400 + 1}"], None),
+            ([REJECTED, f"{UNIFIED}-reset: 1700000600"], 600),
+            ([f"{UNIFIED}-status: allowed", f"{UNIFIED}-reset: 1700000600"], None),
+            ([f"{UNIFIED}-reset: 1700000600"], None),
+            ([REJECTED, f"{UNIFIED}-reset: 1699999999"], None),
+            ([REJECTED, f"{UNIFIED}-reset: never"], None),
+            ([REJECTED], None),
+            (["retry-after: 20", REJECTED, f"{UNIFIED}-reset: 1700000600"], 600),
+            ([USED_UP, f"{REQUESTS}-Reset: 2023-11-14T22:14:20Z"], 60),
+            ([LEFT, f"{REQUESTS}-Reset: 2023-11-14T22:14:20Z"], None),
+            (
+                [
+                    "retry-after: x",
+                    USED_UP,
+                    f"{REQUESTS}-Reset: 2023-11-15T00:14:20+02:00",
+                ],
+                60,
+            ),
+            ([USED_UP, f"{REQUESTS}-Reset: garbage"], None),
+            ([USED_UP], None),
+        ],
+    )
+    def test_a_wait_counts_only_where_it_is_stated_and_can_be_true(
+        self, fields: list[str], wait_s: float | None
+    ) -> None:
+        found = claude_lb.stated_wait_s(kept_of(*fields), EPOCH)
+        assert found == (wait_s if wait_s is None else pytest.approx(wait_s))
+
+    @pytest.mark.parametrize(
+        ("fields", "room"),
+        [
+            ([], 1.0),
+            ([f"{REQUESTS}-Limit: 50", f"{REQUESTS}-Remaining: 10"], 0.2),
+            ([f"{REQUESTS}-Limit: 50", USED_UP], 0.0),
+            ([f"{REQUESTS}-Limit: 0", USED_UP], 1.0),
+            ([f"{REQUESTS}-Limit: x", LEFT], 1.0),
+            ([LEFT], 1.0),
+            ([f"{REQUESTS}-Limit: 5", f"{REQUESTS}-Remaining: 9"], 1.0),
+            ([f"{UNIFIED}-5h-utilization: 0.25"], 0.75),
+            (
+                [f"{UNIFIED}-5h-utilization: 0.25", f"{UNIFIED}-7d-utilization: 0.9"],
+                0.1,
+            ),
+            ([f"{UNIFIED}-5h-utilization: 1.3"], 0.0),
+            ([f"{UNIFIED}-5h-utilization: nan"], 1.0),
+            ([REJECTED, f"{UNIFIED}-5h-utilization: 0.1"], 0.0),
+            ([f"{UNIFIED}-status: allowed", f"{UNIFIED}-5h-utilization: 0.5"], 0.5),
+        ],
+    )
+    def test_room_is_that_of_the_tightest_limit(
+        self, fields: list[str], room: float
+    ) -> None:
+        assert claude_lb.headroom_of(kept_of(*fields)) == pytest.approx(room)
+
+    def test_limit_fields_lose_their_prefix_and_their_case(self) -> None:
+        kept = kept_of(f"{REQUESTS}-Limit:  50 ", f"{UNIFIED}-status: allowed")
+        fields = {"requests-limit": "50", "unified-status": "allowed"}
+        assert claude_lb.limit_fields(kept) == fields
+
+
 # -- 6. bodies -------------------------------------------------------------
 
 CHUNKED_BODIES: list[tuple[str, bytes, bytes]] = [
@@ -2443,23 +2762,75 @@ class TestSseWatch:
         assert len(watch._tail) <= 1024
 
 
+class TestSseGate:
+    @pytest.mark.parametrize(
+        ("stream", "content", "error"),
+        [
+            (SSE_START + DELTA + SSE_STOP, True, b""),
+            (SSE_START + claude_lb.PING_EVENT, False, b""),
+            (ERROR, False, b"overloaded_error"),
+            (SSE_START + ERROR, False, b"overloaded_error"),
+            (claude_lb.PING_EVENT + ERROR, False, b"overloaded_error"),
+            (SSE_START + DELTA + ERROR, True, b""),
+            (b": comment\n\n: another\n\n" + ERROR, False, b"overloaded_error"),
+            (b": comment\n\n: another\n\n", False, b""),
+            (b"\n\n" + ERROR, False, b"overloaded_error"),
+            (b'data: {"x":1}\n\n', True, b""),
+            (b"event: error\n\n", False, b"{}"),
+            (b'event: error_like\ndata: {"x":1}\n\n', True, b""),
+            (b'event:error\ndata:{"t":"overloaded_error"}\n\n', False, b"overloaded"),
+            (b'data: {"t":"overloaded"}\nevent: error\n\n', False, b"overloaded"),
+            (SSE_START[:-1], False, b""),
+            (QUOTED, True, b""),
+            (b"", False, b""),
+        ],
+        ids=[
+            "content",
+            "nothing yet",
+            "error first",
+            "error after the start",
+            "error after a ping",
+            "error after content",
+            "comments and error",
+            "comments",
+            "blank lines and error",
+            "data alone",
+            "error without data",
+            "another name",
+            "no space",
+            "data before the name",
+            "unfinished event",
+            "words in a text",
+            "empty",
+        ],
+    )
+    @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+    def test_what_comes_first_is_known_in_any_split(
+        self, stream: bytes, content: bool, error: bytes, end: bytes
+    ) -> None:
+        for parts in all_splits(stream.replace(b"\n", end)):
+            gate, known = claude_lb.SseGate(), False
+            for part in parts:
+                known = known or gate.feed(part)
+            assert (gate.content, error in gate.error) == (content, True), parts
+            assert bool(gate.error) is bool(error), parts
+            assert known is (content or bool(error)), parts
+
+    def test_it_is_known_at_the_events_own_end(self) -> None:
+        gate = claude_lb.SseGate()
+        stream = SSE_START + DELTA
+        assert not gate.feed(stream[:-1])
+        assert gate.feed(stream[-1:])
+        assert gate.feed(ERROR)
+        assert (gate.content, gate.error) == (True, b"")
+
+
 # -- 9. selection ----------------------------------------------------------
 
 FILE_ID = "file_011CNha8iCJcU1wXNR6q4V8w"
 
 
 class TestSelection:
-    def test_an_order_begins_with_the_turn_and_holds_each_once(self) -> None:
-        three = [endpoint_of(n) for n in "abc"]
-        orders = [
-            "".join(e.name for e in claude_lb.order_from(three, i)) for i in range(5)
-        ]
-        assert orders == ["abc", "bca", "cab", "abc", "bca"]
-
-    def test_the_same_arguments_give_the_same_order(self) -> None:
-        three = [endpoint_of(n) for n in "abc"]
-        assert claude_lb.order_from(three, 7) == claude_lb.order_from(three, 7)
-
     def test_the_fixed_endpoint_is_the_default_one_else_the_first(self) -> None:
         plain = [endpoint_of("a"), endpoint_of("b")]
         assert claude_lb.fixed_endpoint(plain) is plain[0]
@@ -2512,9 +2883,9 @@ class TestSelection:
     def test_the_name_of_a_tool_is_no_id_of_a_file(self, name: str) -> None:
         body = json.dumps({"messages": [], "tools": [{"name": name}]}).encode()
         ids = claude_lb.named_ids(parsed(request_of()), body)
-        pool = claude_lb.Pool([endpoint_of("a"), endpoint_of("b")])
-        firsts = [pool.reserve(Lane.MESSAGES, ids)[0].name for _ in range(4)]
-        assert firsts == ["a", "b", "a", "b"]
+        pool = pool_of("ab")
+        names = [take(pool, ids=ids).endpoint.name for _ in range(4)]
+        assert names == ["a", "b", "a", "b"]
 
     @pytest.mark.parametrize(
         ("lane", "body", "ids"),
@@ -2544,77 +2915,557 @@ class TestSelection:
             assert watch.ids() == ids, len(parts[0])
 
 
+def lives_of(
+    names: str, weights: Sequence[int] = (), **facts: Sequence[Any]
+) -> list[claude_lb.Live]:
+    """Return one candidate for each letter; `facts` go to them in that order."""
+    weights = weights or [1] * len(names)
+    made = [
+        claude_lb.Live(endpoint_of(n, weight=w), i)
+        for i, (n, w) in enumerate(zip(names, weights))
+    ]
+    for name, values in facts.items():
+        for live, value in zip(made, values):
+            setattr(live, name, value)
+    return made
+
+
+def turn_of(
+    last: int = -1, chance: float = 0.0, threshold_ms: float = 50.0
+) -> claude_lb.Turn:
+    return claude_lb.Turn(last, chance, threshold_ms)
+
+
+class TestStrategies:
+    def test_round_robin_goes_on_behind_the_last_and_begins_again(self) -> None:
+        lives = lives_of("abc")
+        for last, name in ((-1, "a"), (0, "b"), (1, "c"), (2, "a"), (99, "a")):
+            chosen = claude_lb.round_robin(lives, turn_of(last))
+            assert chosen.endpoint.name == name
+
+    def test_round_robin_is_even_among_those_that_are_left(self) -> None:
+        lives, last, names = lives_of("abcd"), -1, ""
+        for _ in range(9):
+            chosen = claude_lb.round_robin([lives[0], *lives[2:]], turn_of(last))
+            last = chosen.index
+            names += chosen.endpoint.name
+        assert names == "acdacdacd"
+
+    def test_priority_takes_turns_among_equals(self) -> None:
+        lives = lives_of("abc")
+        choose = claude_lb.STRATEGIES["priority"]
+        assert choose(lives, turn_of(0)) is lives[1]
+
+    def test_random_follows_the_chance_given(self) -> None:
+        lives = lives_of("abcd")
+        for chance, name in ((0.0, "a"), (0.49, "b"), (0.5, "c"), (1.0, "d")):
+            chosen = claude_lb.at_random(lives, turn_of(chance=chance))
+            assert chosen.endpoint.name == name
+
+    @pytest.mark.parametrize(
+        ("facts", "name"),
+        [
+            ({"used": [3, 1, 2], "used_at": [1.0, 9.0, 2.0]}, "b"),
+            ({"used": [2, 2, 2], "used_at": [5.0, 4.0, 6.0]}, "b"),
+            ({"used": [0, 0, 0]}, "a"),
+        ],
+    )
+    def test_least_used_then_not_used_for_longest(
+        self, facts: dict[str, Any], name: str
+    ) -> None:
+        chosen = claude_lb.least_used(lives_of("abc", **facts), turn_of())
+        assert chosen.endpoint.name == name
+
+    def test_least_busy_and_equals_take_turns(self) -> None:
+        lives = lives_of("abcd", in_flight=[2, 1, 1, 1])
+        names = [
+            claude_lb.least_busy(lives, turn_of(last)).endpoint.name
+            for last in (-1, 1, 2, 3)
+        ]
+        assert names == ["b", "c", "d", "b"]
+
+    def test_most_headroom_and_equals_take_turns(self) -> None:
+        lives = lives_of("abc", headroom=[0.2, 0.9, 0.9])
+        assert claude_lb.headroom(lives, turn_of(0)) is lives[1]
+        assert claude_lb.headroom(lives, turn_of(1)) is lives[2]
+        assert claude_lb.headroom(lives_of("a"), turn_of()).headroom == 1.0
+
+    @pytest.mark.parametrize(
+        ("latencies", "last", "name"),
+        [
+            ([100.0, 60.0, 90.0], -1, "b"),
+            ([100.0, 60.0, 90.0], 0, "a"),  # 40 ms are too little to switch for
+            ([110.0, 60.0, 90.0], 0, "b"),
+            ([111.0, 60.0, 90.0], 2, "c"),
+            ([100.0, None, 10.0], 2, "b"),
+            ([100.0, 90.0, 80.0], 7, "c"),
+        ],
+    )
+    def test_fastest_switches_for_the_threshold_and_measures_the_unknown(
+        self, latencies: list[float | None], last: int, name: str
+    ) -> None:
+        lives = lives_of("abc", latency_ms=latencies)
+        assert claude_lb.fastest(lives, turn_of(last)).endpoint.name == name
+
+
+class TestRendezvous:
+    KEYS = tuple(f"conversation-{i}" for i in range(10_000))
+
+    def places(self, names: str, weights: Sequence[int] = ()) -> list[str]:
+        lives = lives_of(names, weights)
+        return [claude_lb.rendezvous(lives, k).endpoint.name for k in self.KEYS]
+
+    def test_the_order_in_a_file_makes_no_difference(self) -> None:
+        assert self.places("abc") == self.places("cba")
+
+    def test_one_that_goes_moves_its_own_conversations_only(self) -> None:
+        before, after = self.places("abcd"), self.places("abd")
+        assert all(b == a for b, a in zip(before, after) if b != "c")
+        moved = collections.Counter(a for b, a in zip(before, after) if b == "c")
+        assert min(moved[n] for n in "abd") > sum(moved.values()) / 6
+
+    def test_each_gets_its_share(self) -> None:
+        counts = collections.Counter(self.places("abc", [5, 1, 4]))
+        assert 4500 < counts["a"] < 5500
+        assert 800 < counts["b"] < 1200
+        assert 3500 < counts["c"] < 4500
+
+
+def targets(config: claude_lb.Config, model: str | None) -> str:
+    """Return who serves `model`: name, priority and the name to send."""
+    found = claude_lb.targets_for(config, model)
+    return " ".join(
+        f"{t.endpoint.name}{t.priority}" + (f"={t.model}" if t.model else "")
+        for t in found
+    )
+
+
+class TestRoutes:
+    @pytest.mark.parametrize(
+        ("pattern", "model", "matches"),
+        [
+            ("claude-x", "claude-x", True),
+            ("claude-x", "CLAUDE-X", True),
+            ("claude-x", "claude-x1", False),
+            ("claude-*", "Claude-opus", True),
+            ("claude-*", "my-claude-opus", False),
+            ("*opus*", "claude-opus-4", True),
+            ("*opus", "claude-opus-4", False),
+            ("c*-4", "claude-opus-4", True),
+            ("*", "", True),
+            ("gpt-4.1", "gpt-4x1", False),
+            ("a*", "a\nb", True),
+            ("[ab]", "a", False),
+        ],
+    )
+    def test_a_pattern_is_anchored_and_knows_no_case(
+        self, pattern: str, model: str, matches: bool
+    ) -> None:
+        assert claude_lb.pattern_matches(pattern, model) is matches
+
+    def test_an_exact_name_goes_before_wildcards_those_in_file_order(self) -> None:
+        routes = {
+            "*": [{"endpoint": "a"}],
+            "claude-*": [{"endpoint": "b"}],
+            "claude-x": [{"endpoint": "c", "model": "y", "priority": 2}],
+        }
+        config = config_of("abc", routes=routes)
+        assert targets(config, "claude-x") == "c2=y"
+        assert targets(config, "claude-z") == "a0"
+        assert targets(config, None) == "a0 b0 c0"
+
+    def test_a_group_stands_for_its_endpoints(self) -> None:
+        members = [item(name=n, priority=3) for n in "bc"]
+        raw = {
+            "endpoints": [item(name="a")],
+            "groups": [{"name": "g", "endpoints": members}],
+            "routes": {"m": [{"group": "g"}], "n": [{"group": "g", "priority": 0}]},
+        }
+        assert targets(load(raw), "m") == "b3 c3"
+        assert targets(load(raw), "n") == "b0 c0"
+
+    def test_disabled_endpoints_and_steps_serve_nothing(self) -> None:
+        steps = [{"endpoint": "X"}, {"endpoint": "a", "enabled": False}]
+        routes = {"m": [*steps, {"endpoint": "b"}], "n": [{"endpoint": "X"}]}
+        config = config_of("aXb", routes=routes)
+        assert targets(config, "m") == "b0"
+        assert targets(config, "n") == ""
+        assert targets(config, "other") == "a0 b0"
+
+    def test_without_a_route_the_endpoints_own_lists_decide(self) -> None:
+        raw = [item(name="a", models=["claude-*", "X"]), item(name="b")]
+        config = load(raw)
+        assert targets(config, "CLAUDE-opus") == "a0 b0"
+        assert targets(config, "x") == "a0 b0"
+        assert targets(config, "gpt") == "b0"
+        assert targets(config, None) == "a0 b0"
+        assert targets(load(raw[:1]), "gpt") == ""
+
+    def test_what_is_served_is_told(self) -> None:
+        raw = {
+            "endpoints": [item(name="a", models=["x", "y"]), item(name="b")],
+            "routes": {"x": [{"endpoint": "a"}]},
+        }
+        assert claude_lb.served_models(load(raw)) == ("x", "y", "*")
+
+
 # -- 10. failover ----------------------------------------------------------
 
 
-def verdict(
+ROWS = {r.name: r for r in claude_lb.RULES}
+DEFAULTS = claude_lb.FailoverSettings()
+
+
+def failed(
     phase: Phase, lane: Lane = Lane.MESSAGES, method: str = "POST", **evidence: bool
-) -> Verdict:
-    """Return what follows an attempt that failed in `phase`."""
+) -> claude_lb.Finding:
+    """Return what an attempt shows that ended in `phase` without an answer."""
     error = claude_lb.UpstreamError(phase, "why", **evidence)
-    return claude_lb.judge(error, lane, method)
+    return claude_lb.finding_for(error, lane, method)
 
 
-class TestFailoverJudge:
-    def test_connect_refused_goes_to_another(self) -> None:
-        assert verdict(Phase.CONNECT) is Verdict.ANOTHER
-        assert verdict(Phase.CONNECT, Lane.COUNT) is Verdict.ANOTHER
+def answered(
+    status: int, message: str = "", code: str = "", **facts: Any
+) -> claude_lb.Finding:
+    """Return what an error answer shows."""
+    details = {"details": {"error_code": code}} if code else {}
+    error = {"type": "x_error", "message": message, **details}
+    body = json.dumps({"type": "error", "error": error}).encode()
+    known = {"stated": False, "limits": {}, "model": "claude-x", **facts}
+    return claude_lb.finding_of_answer(status, body, **known)
 
-    def test_connect_timed_out_goes_to_another(self) -> None:
-        assert verdict(Phase.CONNECT, timed_out=True) is Verdict.ANOTHER
 
-    def test_a_refused_certificate_goes_to_another(self) -> None:
-        assert verdict(Phase.CONNECT, certificate=True) is Verdict.ANOTHER
+def claim(window: str) -> dict[str, str]:
+    """Return the limit fields that name the window that counts."""
+    return {"unified-representative-claim": window}
 
-    def test_connect_refused_on_a_fixed_path_gives_up(self) -> None:
-        assert verdict(Phase.CONNECT, Lane.FIXED, "GET") is Verdict.GIVE_UP
 
-    def test_a_half_sent_request_goes_to_another(self) -> None:
-        assert verdict(Phase.SEND) is Verdict.ANOTHER
-        assert verdict(Phase.SEND, timed_out=True) is Verdict.ANOTHER
+def length_word(cooling: claude_lb.Cooling) -> str:
+    """Return a cooldown's length as EXPECTED writes it, "!" for attention."""
+    mark = "!" if cooling.attention else ""
+    if cooling.stated:
+        return "stated" + mark
+    if cooling.first_s == float("inf"):
+        return "changed" + mark
+    if cooling.first_s >= 60:
+        return "long" + mark
+    if cooling.most_s > cooling.first_s:
+        return f"{cooling.first_s:g}..{cooling.most_s:g}{mark}"
+    return f"{cooling.first_s:g}{mark}"
 
-    def test_a_half_sent_request_on_a_fixed_path_gives_up(self) -> None:
-        assert verdict(Phase.SEND, Lane.FIXED) is Verdict.GIVE_UP
+
+# Written from the table in the design, row by row: what came -> verdict, whose
+# cooldown, how long.  "short": what the design calls so, 15 s or less at first.
+# fmt: off
+EXPECTED: dict[str, tuple[claude_lb.Finding, str, str, str]] = {
+    "own-fault": (failed(Phase.WAIT, local=True), "RELAY", "NONE", "0"),
+    "no-network": (failed(Phase.CONNECT, network=True), "ANOTHER", "NONE", "0"),
+    "certificate": (failed(Phase.CONNECT, certificate=True), "ANOTHER", "ENDPOINT",
+                    "long!"),
+    "unreachable": (failed(Phase.CONNECT), "ANOTHER", "ENDPOINT", "1..60"),
+    "stale-send": (failed(Phase.SEND, reused=True), "FRESH", "NONE", "0"),
+    "unsent": (failed(Phase.SEND), "ANOTHER", "ENDPOINT", "1..60"),
+    "stale-wait": (failed(Phase.WAIT, Lane.COUNT, reused=True), "FRESH", "NONE", "0"),
+    "silence": (failed(Phase.WAIT, timed_out=True), "AMBIGUOUS", "ENDPOINT", "short"),
+    "page": (failed(Phase.WAIT, page=True), "ANOTHER", "ENDPOINT", "15..120"),
+    "lost": (failed(Phase.WAIT), "AMBIGUOUS", "ENDPOINT", "short"),
+    "spend-cap": (answered(429, code="enforced_spend_limit_reached"), "ANOTHER",
+                  "ENDPOINT", "long!"),
+    "limited-model": (answered(429, stated=True), "ANOTHER", "MODEL", "stated"),
+    "limited": (answered(429, stated=True, limits={"unified-status": "rejected"}),
+                "ANOTHER", "ENDPOINT", "stated"),
+    "throttled": (answered(429), "ONE_MORE", "NONE", "0"),
+    "credit": (answered(400, "Your credit balance is too low to use this"), "ANOTHER",
+               "ENDPOINT", "long!"),
+    "payment": (answered(402), "ANOTHER", "ENDPOINT", "long!"),
+    "credential": (answered(401), "ANOTHER", "ENDPOINT", "changed!"),
+    "forbidden": (answered(403), "ANOTHER", "MODEL", "long"),
+    "no-model": (answered(404, "model: claude-x"), "ANOTHER", "MODEL", "long"),
+    "overloaded": (answered(529), "RETRY", "MODEL", "10"),
+    "server-error": (answered(500), "ANOTHER", "ENDPOINT", "15..120"),
+    "working": (answered(504), "AMBIGUOUS", "ENDPOINT", "short"),
+    "request": (answered(400, "max_tokens: required"), "RELAY", "NONE", "0"),
+    "cut-early": (failed(Phase.GATE), "AMBIGUOUS", "ENDPOINT", "short"),
+    "error-late": (claude_lb.Finding(Phase.RELAY, sign=claude_lb.Sign.EVENT), "RELAY",
+                   "ENDPOINT", "15..120"),
+    "cut-late": (claude_lb.Finding(Phase.RELAY, sign=claude_lb.Sign.CUT), "RELAY",
+                 "ENDPOINT", "15..120"),
+}
+# fmt: on
+
+
+def row_of(finding: claude_lb.Finding, **settings: Any) -> str:
+    """Return the name of the row that fires."""
+    return claude_lb.judge(finding, claude_lb.FailoverSettings(**settings)).name
+
+
+class TestFailoverTable:
+    @pytest.mark.parametrize("name", list(EXPECTED))
+    def test_row(self, name: str) -> None:
+        finding, verdict, scope, length = EXPECTED[name]
+        rule = claude_lb.judge(finding, DEFAULTS)
+        assert (rule.name, rule.verdict.name, rule.scope.name) == (name, verdict, scope)
+        if length == "short":
+            assert 0 < rule.cooling.first_s <= 15
+        else:
+            assert length_word(rule.cooling) == length
+
+    def test_every_row_is_expected_and_named_once(self) -> None:
+        assert [r.name for r in claude_lb.RULES] == list(EXPECTED)
+
+    @pytest.mark.parametrize("rule", claude_lb.RULES, ids=lambda r: r.name)
+    def test_a_row_is_sound(self, rule: claude_lb.Rule) -> None:
+        assert rule.why
+        cools = bool(rule.cooling.first_s or rule.cooling.stated)
+        assert cools is (rule.scope is not claude_lb.Scope.NONE)
+        first, most = rule.cooling.length(1), rule.cooling.length(99)
+        assert first <= most == rule.cooling.most_s or rule.cooling.stated
+        if rule.phase is Phase.RELAY:
+            assert rule.verdict is Verdict.RELAY
+        if rule.phase in (Phase.WAIT, Phase.GATE) and rule.name not in (
+            "page",  # nobody generated it
+            "stale-wait",  # asking twice is asking once
+        ):
+            assert rule.verdict is Verdict.AMBIGUOUS
+
+    @pytest.mark.parametrize(
+        ("row", "statuses"),
+        [
+            ("server-error", (500, 502, 503, 521, 522, 523, 525, 526)),
+            ("working", (504, 520, 524)),
+            ("request", (400, 404, 405, 408, 409, 413, 415, 422, 501, 505)),
+        ],
+    )
+    def test_each_status_has_its_row(self, row: str, statuses: tuple[int, ...]) -> None:
+        assert {row_of(answered(s)) for s in statuses} == {row}
+
+    @pytest.mark.parametrize(
+        ("finding", "row"),
+        [
+            (answered(429, code="contract_spend_limit_reached"), "spend-cap"),
+            (answered(429, code="ramp_limit_exceeded", stated=True), "limited-model"),
+            (answered(429, stated=True, model=""), "limited"),
+            (
+                answered(429, stated=True, limits=claim("seven_day_opus")),
+                "limited-model",
+            ),
+            (answered(429, stated=True, limits=claim("five_hour")), "limited"),
+            (answered(400, "reached your specified API usage limits."), "credit"),
+            (answered(400, "specified workspace API usage limits"), "credit"),
+            (answered(403, "Your credit balance is too low"), "credit"),
+            (answered(400, "the word limit is too long"), "request"),
+            (answered(404, "claude-x is not known"), "no-model"),
+            (answered(404, "no such path"), "request"),
+            (answered(404, "not found", model=""), "request"),
+            (failed(Phase.CONNECT, timed_out=True), "unreachable"),
+            (failed(Phase.SEND, timed_out=True), "unsent"),
+            (failed(Phase.WAIT, reused=True), "lost"),
+            (failed(Phase.WAIT, reused=True, timed_out=True), "silence"),
+            (failed(Phase.WAIT, Lane.FIXED, "GET", reused=True), "stale-wait"),
+            (failed(Phase.WAIT, Lane.FIXED, "HEAD", reused=True), "stale-wait"),
+            (failed(Phase.WAIT, Lane.FIXED, "DELETE", reused=True), "lost"),
+            (failed(Phase.WAIT, Lane.COUNT), "lost"),
+            (failed(Phase.WAIT, Lane.COUNT, reused=True, page=True), "page"),
+            (failed(Phase.WAIT, Lane.COUNT, reused=True, timed_out=True), "silence"),
+            (failed(Phase.GATE, timed_out=True), "cut-early"),
+            (failed(Phase.GATE, reused=True), "cut-early"),
+        ],
+    )
+    def test_what_came_finds_its_row(
+        self, finding: claude_lb.Finding, row: str
+    ) -> None:
+        assert row_of(finding) == row
+
+    @pytest.mark.parametrize("phase", list(Phase))
+    def test_a_fault_of_our_own_harms_no_endpoint(self, phase: Phase) -> None:
+        for reused in (False, True):
+            assert row_of(failed(phase, local=True, reused=reused)) == "own-fault"
 
     @pytest.mark.parametrize("lane", list(Lane))
     def test_a_reused_connection_that_takes_no_request_is_replaced(
         self, lane: Lane
     ) -> None:
-        assert verdict(Phase.SEND, lane, reused=True) is Verdict.FRESH
+        assert row_of(failed(Phase.SEND, lane, reused=True)) == "stale-send"
 
-    def test_no_answer_to_a_message_is_never_sent_again(self) -> None:
-        for reused, timed_out in itertools.product((False, True), repeat=2):
-            got = verdict(Phase.WAIT, reused=reused, timed_out=timed_out)
-            assert got is Verdict.GIVE_UP
+    @pytest.mark.parametrize(
+        "body",
+        [b"", b"{", b"[]", b"null", b'{"error":[]}', b'{"error":{"details":7}}'],
+    )
+    def test_a_body_of_any_kind_is_judged(self, body: bytes) -> None:
+        for status in (400, 404, 429, 500):
+            finding = claude_lb.finding_of_answer(
+                status, body, stated=False, limits={}, model="m"
+            )
+            assert finding.status == status
+            assert claude_lb.judge(finding, DEFAULTS).name in EXPECTED
 
-    def test_no_answer_to_a_count_on_a_reused_connection_is_asked_once_more(
-        self,
+    def test_an_error_event_stands_for_a_status(self) -> None:
+        known = {"overloaded_error": 529, "rate_limit_error": 429, "api_error": 500}
+        known.update({"authentication_error": 401, "timeout_error": 504, "odd": 500})
+        assert {k: claude_lb.event_status(k) for k in known} == known
+
+    def test_the_budget_counts_what_follows_a_5xx_only(self) -> None:
+        counted = {"overloaded", "server-error"}
+        not_counted = {"unreachable", "unsent", "credential", "limited", "throttled"}
+        assert {n for n in counted | not_counted if ROWS[n].budgeted} == counted
+
+    @pytest.mark.parametrize(
+        ("body", "acts"),
+        [
+            (b'{"mcp_servers": [{"url": "x"}]}', True),
+            (b'{"mcp_servers": []}', False),
+            (b'{"tools": [{"type": "web_search_20250305"}]}', True),
+            (b'{"tools": [{"type":"code_execution_20250522"}]}', True),
+            (b'{"tools": [{"type": "custom"}]}', False),
+            (b"", False),
+        ],
+    )
+    def test_outside_effects_are_known(self, body: bytes, acts: bool) -> None:
+        assert claude_lb.acts_outside(body) is acts
+
+
+class TestFailoverSettings:
+    def test_a_status_can_be_made_to_fail_over(self) -> None:
+        settings = claude_lb.FailoverSettings(statuses={422: "failover"})
+        rule = claude_lb.judge(answered(422), settings)
+        assert (rule.name, rule.verdict) == ("configured", Verdict.ANOTHER)
+        assert rule.scope is claude_lb.Scope.ENDPOINT
+        assert claude_lb.judge(answered(400), settings).name == "request"
+
+    def test_a_status_can_be_made_to_be_relayed(self) -> None:
+        settings = claude_lb.FailoverSettings(statuses={529: "relay"})
+        assert claude_lb.judge(answered(529), settings).verdict is Verdict.RELAY
+
+    def test_an_error_type_goes_before_its_status(self) -> None:
+        settings = claude_lb.FailoverSettings(
+            statuses={422: "failover"}, error_types={"x_error": "relay"}
+        )
+        assert claude_lb.judge(answered(422), settings).verdict is Verdict.RELAY
+
+    def test_a_row_that_fails_over_already_keeps_its_own_ways(self) -> None:
+        settings = claude_lb.FailoverSettings(statuses={529: "failover"})
+        assert claude_lb.judge(answered(529), settings) == ROWS["overloaded"]
+
+    def test_no_wish_replays_what_the_client_has_seen(self) -> None:
+        settings = claude_lb.FailoverSettings(error_types={"": "failover"})
+        for name in ("cut-late", "error-late", "lost"):
+            assert claude_lb.judge(EXPECTED[name][0], settings) == ROWS[name]
+
+    def test_a_configured_5xx_counts_against_the_budget(self) -> None:
+        settings = claude_lb.FailoverSettings(statuses={501: "failover"})
+        assert claude_lb.judge(answered(501), settings).budgeted
+
+
+class TestFailoverNextStep:
+    @pytest.mark.parametrize(
+        ("row", "chances", "step"),
+        [
+            ("request", (3, 1, True, 0), "RELAY"),
+            ("server-error", (1, 0, False, 2), "ANOTHER"),
+            ("server-error", (0, 1, True, 0), "RELAY"),
+            ("overloaded", (1, 1, False, 0), "RETRY"),
+            ("overloaded", (0, 1, False, 3), "RETRY"),
+            ("overloaded", (1, 0, False, 0), "ANOTHER"),
+            ("overloaded", (0, 0, False, 0), "RELAY"),
+            ("lost", (3, 1, False, 0), "RELAY"),
+            ("lost", (3, 1, True, 0), "ANOTHER"),
+            ("working", (0, 1, True, 0), "RELAY"),
+            ("throttled", (3, 1, False, 0), "ANOTHER"),
+            ("throttled", (3, 1, False, 1), "RELAY"),
+            ("throttled", (0, 1, False, 0), "RELAY"),
+            ("stale-send", (0, 0, False, 3), "FRESH"),
+            ("cut-late", (3, 3, True, 0), "RELAY"),
+        ],
+    )
+    def test_what_is_done_is_what_may_be_done(
+        self, row: str, chances: tuple[int, int, bool, int], step: str
     ) -> None:
-        assert verdict(Phase.WAIT, Lane.COUNT, reused=True) is Verdict.FRESH
+        found = claude_lb.next_step(ROWS[row], claude_lb.Chances(*chances))
+        assert found.name == step
 
-    @pytest.mark.parametrize("method", ["GET", "HEAD"])
-    def test_no_answer_to_a_question_on_a_reused_connection_is_asked_once_more(
-        self, method: str
+
+class TestRetryBudget:
+    @pytest.mark.parametrize(
+        ("asked", "allowed"),
+        [(0, 3), (10, 3), (15, 3), (16, 3), (19, 3), (20, 4), (100, 20)],
+    )
+    def test_a_fifth_but_three_at_least(self, asked: int, allowed: int) -> None:
+        budget = claude_lb.RetryBudget()
+        for i in range(asked):
+            budget.count(1000.0 + 9 * i / asked)
+        taken = sum(budget.take(1009.5) for _ in range(asked + 10))
+        assert taken == allowed
+
+    def test_the_window_slides(self) -> None:
+        budget = claude_lb.RetryBudget()
+        for _ in range(50):
+            budget.count(1000.0)
+        assert all(budget.take(1005.0) for _ in range(10))
+        assert not budget.take(1009.9)
+        assert not budget.take(1010.0)  # the requests have passed, the retries not
+        assert [budget.take(1015.0) for _ in range(4)] == [True, True, True, False]
+        assert budget.take(9_999_999.0)
+
+
+class TestRepeats:
+    def test_a_body_that_failed_is_known_for_a_minute(self) -> None:
+        repeats = claude_lb.Repeats()
+        assert not repeats.has(b"x", 0.0)
+        repeats.remember(bytearray(b"body"), 100.0)
+        assert repeats.has(b"body", 159.9)
+        assert not repeats.has(b"body", 160.1)
+        assert not repeats.has(b"other", 101.0)
+
+    @pytest.mark.parametrize("place", [0, 199_999])
+    def test_a_long_body_is_told_by_its_ends(self, place: int) -> None:
+        repeats, body = claude_lb.Repeats(), bytearray(b"x" * 200_000)
+        repeats.remember(body, 0.0)
+        assert repeats.has(bytes(body), 1.0)
+        body[place] = 121
+        assert not repeats.has(body, 1.0)
+
+    def test_the_oldest_are_forgotten(self) -> None:
+        repeats = claude_lb.Repeats()
+        for i in range(claude_lb.REPEATS + 1):
+            repeats.remember(b"%d" % i, 0.0)
+        assert not repeats.has(b"0", 1.0)
+        assert repeats.has(b"1", 1.0)
+
+
+class TestFailoverExhaustion:
+    def refusal(self, *facts: Any) -> claude_lb.RefusedError:
+        exhaustion = claude_lb.Exhaustion(*facts)
+        return claude_lb.refusal_for_exhaustion("m-1", exhaustion, ("x", "y*"))
+
+    @pytest.mark.parametrize(
+        ("reset_s", "fields"),
+        [
+            (0.2, {"Retry-After": "1"}),
+            (60.0, {"Retry-After": "60"}),
+            (60.5, {"Retry-After": "61", "x-should-retry": "false"}),
+        ],
+    )
+    def test_the_soonest_stated_reset_is_told(
+        self, reset_s: float, fields: dict[str, str]
     ) -> None:
-        assert verdict(Phase.WAIT, Lane.FIXED, method, reused=True) is Verdict.FRESH
+        refusal = self.refusal(reset_s, ("a: limited",), False)
+        assert (refusal.status, dict(refusal.fields)) == (429, fields)
+        assert "a: limited" in refusal.message
+        assert not refusal.close
 
-    @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
-    def test_no_answer_to_a_change_gives_up(self, method: str) -> None:
-        assert verdict(Phase.WAIT, Lane.FIXED, method, reused=True) is Verdict.GIVE_UP
+    def test_no_reset_is_invented(self) -> None:
+        refusal = self.refusal(None, ("a: paused", "b: limited"), False)
+        assert (refusal.status, refusal.fields) == (503, ())
+        assert "a: paused; b: limited" in refusal.message
 
-    def test_no_answer_on_a_fresh_connection_gives_up(self) -> None:
-        assert verdict(Phase.WAIT, Lane.COUNT) is Verdict.GIVE_UP
-        assert verdict(Phase.WAIT, Lane.FIXED, "GET") is Verdict.GIVE_UP
-
-    def test_silence_gives_up_on_every_lane(self) -> None:
-        for lane, method in ((Lane.COUNT, "POST"), (Lane.FIXED, "GET")):
-            got = verdict(Phase.WAIT, lane, method, reused=True, timed_out=True)
-            assert got is Verdict.GIVE_UP
-
-    @pytest.mark.parametrize("phase", list(Phase))
-    def test_a_fault_of_our_own_gives_up(self, phase: Phase) -> None:
-        assert verdict(phase, local=True) is Verdict.GIVE_UP
-        assert verdict(phase, local=True, reused=True) is Verdict.GIVE_UP
+    def test_a_model_that_nobody_serves_is_named_with_what_is_served(self) -> None:
+        refusal = self.refusal(None, (), True)
+        assert (refusal.status, refusal.fields) == (403, ())
+        assert "m-1" in refusal.message
+        assert "x, y*" in refusal.message
+        kind = claude_lb.error_document(403, refusal.message, "lb_1")["error"]
+        assert isinstance(kind, dict)
+        assert kind["type"] == "permission_error"
 
 
 class TestFailoverRefusals:
@@ -2627,6 +3478,8 @@ class TestFailoverRefusals:
             (Phase.SEND, {"timed_out": True}, 502, {}),
             (Phase.WAIT, {}, 502, {"x-should-retry": "true"}),
             (Phase.WAIT, {"timed_out": True}, 408, {"x-should-retry": "true"}),
+            (Phase.WAIT, {"page": True}, 502, {}),
+            (Phase.GATE, {}, 502, {"x-should-retry": "true"}),
             (Phase.CONNECT, {"local": True}, 503, {"retry-after": "1"}),
         ],
         ids=[
@@ -2636,6 +3489,8 @@ class TestFailoverRefusals:
             "send stalled",
             "no answer",
             "too slow",
+            "a web page",
+            "empty stream",
             "our own limits",
         ],
     )
@@ -2901,16 +3756,82 @@ class TestLogFile:
 # -- 12. pool --------------------------------------------------------------
 
 
-def pool_of(names: str, **changes: Any) -> claude_lb.Pool:
-    """Return a pool of endpoints, an upper-case letter for a disabled one."""
-    return claude_lb.Pool(
-        [endpoint_of(n, enabled=n.islower(), **changes) for n in names]
-    )
+OPUS, HAIKU = "claude-opus-4-1", "claude-haiku-4-5"
+
+
+class Clock:
+    """Monotonic seconds that pass only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def go(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def config_of(
+    names: str, each: Mapping[str, Mapping[str, object]] | None = None, **sections: Any
+) -> claude_lb.Config:
+    """Return endpoints named by letters, upper case: disabled; `each`: their keys."""
+    endpoints = [
+        item(name=n, enabled=n.islower(), **(each or {}).get(n, {})) for n in names
+    ]
+    return load({"endpoints": endpoints, **sections})
+
+
+def pool_of(names: str, **more: Any) -> claude_lb.Pool:
+    """Return a pool of `config_of` those names, by a clock if one is given."""
+    chance = random.Random(5).random
+    clock = more.pop("clock", time.monotonic)
+    return claude_lb.Pool(config_of(names, **more), clock=clock, chance=chance)
+
+
+def wish(model: str | None = None, **wishes: Any) -> claude_lb.Ask:
+    return claude_lb.Ask(wishes.pop("lane", Lane.MESSAGES), model, **wishes)
+
+
+def take(pool: claude_lb.Pool, *tried: str, **wishes: Any) -> claude_lb.Lease:
+    """Reserve an attempt that there must be; `tried` are endpoints' names."""
+    known = [e.endpoint for e in pool.snapshot().endpoints]
+    found = pool.reserve(wish(**wishes), [e for e in known if e.name in tried])
+    assert found is not None
+    return found
 
 
 def turns(pool: claude_lb.Pool, count: int, lane: Lane = Lane.MESSAGES) -> str:
-    """Return the first choices of `count` requests."""
-    return "".join(pool.reserve(lane, ())[0].name for _ in range(count))
+    """Return the choices of `count` requests, one after another."""
+    names = ""
+    for _ in range(count):
+        lease = take(pool, lane=lane)
+        names += lease.endpoint.name
+        pool.settle(lease, None)
+    return names
+
+
+def fails(
+    pool: claude_lb.Pool, lease: claude_lb.Lease, row: str = "server-error", **more: Any
+) -> str:
+    return pool.settle(lease, claude_lb.Evidence(ROWS[row], "why", **more))
+
+
+def answers(pool: claude_lb.Pool, lease: claude_lb.Lease, ms: float = 10.0) -> None:
+    pool.gain(lease, ms, b"")
+    pool.settle(lease, None)
+
+
+def knock_out(pool: claude_lb.Pool, names: str, **more: Any) -> None:
+    """Let one forced attempt at each endpoint fail."""
+    for name in names:
+        fails(pool, take(pool, forced=name, model=more.get("key")), **more)
+
+
+def left_of(pool: claude_lb.Pool, name: str, key: str = "") -> float:
+    """Return the seconds left of a cooldown; -1: there is none."""
+    (state,) = (s for s in pool.snapshot().endpoints if s.endpoint.name == name)
+    return next((left for k, _, left in state.cooldowns if k == key), -1.0)
 
 
 class TestPoolTurns:
@@ -2920,25 +3841,41 @@ class TestPoolTurns:
     def test_disabled_endpoints_get_nothing(self) -> None:
         pool = pool_of("aXb")
         assert turns(pool, 4) == "abab"
-        orders = [pool.reserve(Lane.MESSAGES, ()) for _ in range(2)]
-        assert {e.name for order in orders for e in order} == {"a", "b"}
+        assert pool.reserve(wish(), [take(pool).endpoint, take(pool).endpoint]) is None
 
-    def test_an_order_goes_on_behind_the_first(self) -> None:
-        pool = pool_of("abcdef")
-        pool.reserve(Lane.MESSAGES, ())
-        order = pool.reserve(Lane.MESSAGES, ())
-        assert "".join(e.name for e in order) == "bcdef"[: claude_lb.MAX_ATTEMPTS]
+    @pytest.mark.parametrize("lane", list(Lane))
+    def test_no_wish_makes_a_disabled_endpoint_serve(self, lane: Lane) -> None:
+        pool = pool_of("aX")
+        disabled = pool.snapshot().endpoints[1].endpoint
+        pool.pin([FILE_ID], disabled)
+        for what in (wish(lane=lane, forced="X"), wish(lane=lane, ids=(FILE_ID,))):
+            lease = pool.reserve(what)
+            assert lease is None or lease.endpoint is not disabled, what
+        pool.take_hold("X")
+        lease = pool.reserve(wish(lane=lane))
+        assert lease is None or lease.endpoint is not disabled
 
-    def test_counting_takes_part_without_moving_the_turn(self) -> None:
-        pool = pool_of("abc")
+    def test_a_failover_goes_on_behind_the_first_and_asks_each_once(self) -> None:
+        pool, tried = pool_of("abcd"), ""
+        take(pool)
+        for _ in range(4):
+            tried += take(pool, *tried).endpoint.name
+        assert tried == "bcda"
+        endpoints = [e.endpoint for e in pool.snapshot().endpoints]
+        assert pool.reserve(wish(), endpoints) is None
+
+    @pytest.mark.parametrize("strategy", ["round_robin", "weighted"])
+    def test_counting_takes_part_without_moving_the_turn(self, strategy: str) -> None:
+        pool = pool_of("abc", balancing={"strategy": strategy})
         assert turns(pool, 1) == "a"
         assert turns(pool, 3, Lane.COUNT) == "bbb"
         assert turns(pool, 2) == "bc"
 
     def test_other_paths_go_to_one_endpoint_and_move_no_turn(self) -> None:
-        pool = claude_lb.Pool([endpoint_of("a"), endpoint_of("b", default=True)])
+        pool = pool_of("ab", each={"b": {"default": True}})
         assert turns(pool, 3, Lane.FIXED) == "bbb"
-        assert pool.reserve(Lane.FIXED, ()) == (pool.snapshot().endpoints[1].endpoint,)
+        fixed = take(pool, lane=Lane.FIXED).endpoint
+        assert pool.reserve(wish(lane=Lane.FIXED), [fixed]) is None
         assert turns(pool, 2) == "ab"
 
     @pytest.mark.parametrize("names", ["ab", "abc", "abcdefg"])
@@ -2947,67 +3884,736 @@ class TestPoolTurns:
         each, workers = len(names) * 60, 16
         start = threading.Barrier(workers)
 
-        def take() -> list[str]:
+        def work() -> str:
             start.wait()
-            chosen = []
-            for i in range(each):
-                if i % 3 == 0:
-                    pool.reserve(Lane.COUNT, ())
-                chosen.append(pool.reserve(Lane.MESSAGES, ())[0].name)
-            return chosen
+            turns(pool, each // 3, Lane.COUNT)
+            return turns(pool, each)
 
         with ThreadPoolExecutor(workers) as threads:
-            jobs = [threads.submit(take) for _ in range(workers)]
+            jobs = [threads.submit(work) for _ in range(workers)]
             for job in jobs:
                 for name in job.result():
                     counts[name] += 1
         assert set(counts.values()) == {each * workers // len(names)}
+        assert sum(e.in_flight for e in pool.snapshot().endpoints) == 0
+
+    def test_models_with_endpoints_of_their_own_are_even_side_by_side(self) -> None:
+        opus, haiku = {"models": [OPUS]}, {"models": [HAIKU]}
+        pool = pool_of("abcd", each={"a": opus, "b": opus, "c": haiku, "d": haiku})
+        counts: collections.Counter[str] = collections.Counter()
+        for _ in range(20):
+            counts[take(pool, model=OPUS).endpoint.name] += 1
+            counts[take(pool, model=HAIKU).endpoint.name] += 1
+        assert counts == {"a": 10, "b": 10, "c": 10, "d": 10}
 
     def test_exchanges_and_attempts_are_counted_in_and_out(self) -> None:
         pool = pool_of("ab")
-        (first, second) = pool.reserve(Lane.MESSAGES, ())
-        pool.begin(first)
-        pool.begin(first)
-        pool.begin(second)
+        pool.enter()
+        first = take(pool)
+        again = pool.again(first)
+        second = take(pool)
         snapshot = pool.snapshot()
         assert [e.in_flight for e in snapshot.endpoints] == [2, 1]
         assert snapshot.in_flight == 1
-        pool.settle(first, answering=True)
-        pool.settle(second, answering=None)
+        pool.settle(first, None)
+        fails(pool, second)
         pool.release()
         snapshot = pool.snapshot()
         assert [e.in_flight for e in snapshot.endpoints] == [1, 0]
+        assert [(e.used, e.failed) for e in snapshot.endpoints] == [(2, 0), (1, 1)]
         assert snapshot.in_flight == 0
+        assert again is not None
+        assert again.endpoint is first.endpoint
+
+    def test_repeats_are_bounded_by_the_requests_that_entered(self) -> None:
+        clock = Clock()
+        pool = pool_of("a", clock=clock)
+        for _ in range(25):
+            pool.enter()
+        assert [pool.may_repeat() for _ in range(6)] == [True] * 5 + [False]
+        clock.go(20)
+        assert pool.may_repeat()
+
+
+class TestPoolStrategies:
+    def test_weights_make_shares_without_runs(self) -> None:
+        pool = pool_of(
+            "abc", each={"a": {"weight": 5}}, balancing={"strategy": "weighted"}
+        )
+        assert turns(pool, 14) == "aabacaa" * 2
+
+    def test_the_lowest_eligible_priority_serves(self) -> None:
+        each = {"a": {"priority": 1}, "b": {"priority": 0}, "c": {"priority": 0}}
+        pool = pool_of("abc", each=each, clock=Clock())
+        assert turns(pool, 4) == "bcbc"
+        assert take(pool, "b").endpoint.name == "c"
+        assert take(pool, "b", "c").endpoint.name == "a"
+        knock_out(pool, "bc")
+        assert turns(pool, 2) == "aa"
+
+    def test_the_next_turn_is_one_of_the_lowest_priority(self) -> None:
+        pool = pool_of("ab", each={"b": {"priority": 1}})
+        turns(pool, 1)
+        assert pool.snapshot().next_index == 0
+
+    def test_least_busy_goes_by_what_is_under_way(self) -> None:
+        pool = pool_of("ab", balancing={"strategy": "least_busy"})
+        busy = take(pool)
+        assert turns(pool, 3) == "bbb"
+        pool.settle(busy, None)
+        assert turns(pool, 2) == "ab"
+
+    def test_headroom_goes_by_fresh_readings_only(self) -> None:
+        clock = Clock()
+        pool = pool_of("ab", balancing={"strategy": "headroom"}, clock=clock)
+        first = take(pool)
+        pool.gain(first, 10.0, kept_of(f"{UNIFIED}-5h-utilization: 0.9"))
+        assert turns(pool, 3) == "bbb"
+        clock.go(claude_lb.LIMITS_S + 1)
+        assert turns(pool, 2) == "ab"
+
+    def test_fastest_measures_each_then_stays_with_the_quickest(self) -> None:
+        pool = pool_of("abc", balancing={"strategy": "fastest"})
+        for name, ms in (("a", 200.0), ("b", 80.0), ("c", 100.0)):
+            lease = take(pool)
+            assert lease.endpoint.name == name
+            answers(pool, lease, ms)
+        assert turns(pool, 2) == "cc"  # 20 ms are no reason to go on
+        answers(pool, take(pool, forced="c"), 400.0)  # its average is 160 now
+        assert turns(pool, 2) == "bb"
+
+    def test_random_reaches_everyone(self) -> None:
+        pool = pool_of("abc", balancing={"strategy": "random"})
+        counts = collections.Counter(turns(pool, 300))
+        assert min(counts[n] for n in "abc") > 60
+
+    @pytest.mark.parametrize("strategy", claude_lb.STRATEGY_NAMES)
+    def test_with_troubles_elsewhere_the_choice_is_the_same(
+        self, strategy: str
+    ) -> None:
+        fast, slow = (
+            pool_of(
+                names,
+                clock=Clock(),
+                balancing={"strategy": strategy},
+                each={"b": {"weight": 3}},
+            )
+            for names in ("abc", "abcz")
+        )
+        slow.pause("z", paused=True)
+        latency = random.Random(7)
+        for _ in range(60):
+            one, other = take(fast), take(slow)
+            assert one.endpoint.name == other.endpoint.name
+            ms = latency.uniform(10, 200)
+            answers(fast, one, ms)
+            answers(slow, other, ms)
+
+
+class TestPoolCooldowns:
+    def test_a_cooldown_begins_and_ends(self) -> None:
+        clock = Clock()
+        pool = pool_of("abc", clock=clock)
+        told = fails(pool, take(pool))
+        assert told.startswith("a cools down, 15 s: server-error")
+        assert turns(pool, 4) == "bcbc"
+        clock.go(14.9)
+        assert turns(pool, 2) == "bc"
+        clock.go(0.2)
+        assert turns(pool, 1) == "a"
+
+    def test_one_probe_at_a_time_then_twice_as_many_then_free(self) -> None:
+        clock, ramp = Clock(), []
+        pool = pool_of("ab", clock=clock, each={"b": {"priority": 1}})
+        knock_out(pool, "a")
+        clock.go(15)
+        for _ in range(5):
+            leases = [take(pool) for _ in range(40)]
+            probes = [x for x in leases if x.endpoint.name == "a"]
+            ramp.append(len(probes))
+            pool.gain(probes[0], 10.0, b"")
+            for lease in leases:
+                pool.settle(lease, None)
+        assert ramp == [1, 2, 4, 8, 16]
+        assert turns(pool, 40) == "a" * 40
+        assert {take(pool).endpoint.name for _ in range(40)} == {"a"}
+        assert left_of(pool, "a") == -1.0
+
+    def test_a_probe_that_showed_nothing_makes_room_for_the_next(self) -> None:
+        clock = Clock()
+        pool = pool_of("ab", clock=clock, each={"b": {"priority": 1}})
+        knock_out(pool, "a")
+        clock.go(15)
+        for _ in range(3):
+            probe = take(pool)
+            assert (probe.endpoint.name, turns(pool, 3)) == ("a", "bbb")
+            pool.settle(probe, None)
+
+    def test_an_attempt_from_before_lets_no_second_probe_begin(self) -> None:
+        clock = Clock()
+        pool = pool_of("ab", clock=clock, each={"b": {"priority": 1}})
+        knock_out(pool, "a")
+        clock.go(15)
+        for _ in range(4):
+            answers(pool, take(pool))
+        old, last = take(pool), take(pool)  # both of the ramp's last step
+        answers(pool, last)
+        assert left_of(pool, "a") == -1.0
+        knock_out(pool, "a")
+        clock.go(15)
+        probe = take(pool)
+        pool.settle(old, None)
+        assert (probe.endpoint.name, turns(pool, 2)) == ("a", "bb")
+
+    def test_an_answer_to_a_bad_request_is_recovery_too(self) -> None:
+        clock = Clock()
+        pool = pool_of("ab", clock=clock)
+        knock_out(pool, "a")
+        clock.go(15)
+        for _ in range(5):
+            fails(pool, take(pool, forced="a"), "request")
+        assert left_of(pool, "a") == -1.0
+
+    def test_what_began_before_a_failure_is_no_recovery(self) -> None:
+        clock = Clock()
+        pool = pool_of("ab", clock=clock)
+        early = take(pool, forced="a")
+        clock.go(1)
+        knock_out(pool, "a")
+        pool.gain(early, 10.0, b"")
+        assert left_of(pool, "a") == 15.0
+        clock.go(15)
+        answers(pool, take(pool, forced="a"))
+        early, failing = take(pool, forced="a"), take(pool, forced="a")
+        clock.go(1)
+        fails(pool, failing)
+        pool.gain(early, 10.0, b"")
+        assert left_of(pool, "a") == 30.0
+
+    @pytest.mark.parametrize(
+        ("row", "lengths"),
+        [
+            ("server-error", [15, 30, 60, 120, 120]),
+            ("unreachable", [1, 2, 4, 8, 16, 32, 60, 60]),
+            ("overloaded", [10, 10, 10]),
+        ],
+    )
+    def test_cooldowns_grow_while_it_fails(self, row: str, lengths: list[int]) -> None:
+        clock = Clock()
+        pool = pool_of("ab", clock=clock, each={"b": {"priority": 1}})
+        found = []
+        for _ in lengths:
+            probe = take(pool)
+            assert probe.endpoint.name == "a"
+            fails(pool, probe, row)
+            found.append(left_of(pool, "a"))
+            clock.go(found[-1])
+        assert found == lengths
+
+    def test_growth_begins_anew_after_a_recovery(self) -> None:
+        clock = Clock()
+        pool = pool_of("a", clock=clock)
+        for _ in range(2):
+            fails(pool, take(pool))
+            assert left_of(pool, "a") == 15.0
+            clock.go(15)
+            for _ in range(5):
+                answers(pool, take(pool))
+
+    def test_failures_at_the_same_time_count_as_one(self) -> None:
+        clock = Clock()
+        pool = pool_of("ab", clock=clock)
+        leases = [take(pool, forced="a") for _ in range(50)]
+        clock.go(0.5)
+        for lease in leases:
+            fails(pool, lease)
+            clock.go(0.01)
+        assert 14 < left_of(pool, "a") <= 15
+
+    def test_errors_alone_never_eject_the_last_endpoint(self) -> None:
+        clock = Clock()
+        pool = pool_of("ab", clock=clock)
+        knock_out(pool, "a")
+        clock.go(5)
+        knock_out(pool, "b", row="lost")
+        assert turns(pool, 2) == "bb"  # it is 5 s against 10
+        knock_out(pool, "b", row="credential")
+        assert turns(pool, 2) == "aa"
+        knock_out(pool, "a", row="credential")
+        assert take(pool).endpoint.name in "ab"
+        assert pool.reserve(wish(), [take(pool, forced="a").endpoint]) is None
+
+    def test_a_stated_limit_ejects_even_the_last_endpoint(self) -> None:
+        clock = Clock()
+        pool = pool_of("a", clock=clock)
+        fails(pool, take(pool), "limited", stated_s=30.0)
+        assert pool.reserve(wish()) is None
+        clock.go(30)
+        assert take(pool).endpoint.name == "a"
+
+    def test_a_stated_limit_lasts_as_long_as_stated_at_most_eight_days(self) -> None:
+        pool = pool_of("ab", clock=Clock(), failover={"cooldown": 5})
+        knock_out(pool, "a", row="limited", stated_s=3600.0)
+        assert left_of(pool, "a") == 3600.0
+        knock_out(pool, "b", row="limited", stated_s=1e9)
+        assert left_of(pool, "b") == claude_lb.STATED_MOST_S
+
+    @pytest.mark.parametrize(
+        ("row", "stated_s"), [("server-error", None), ("limited", 20.0)]
+    )
+    def test_nothing_shortens_a_stated_limit(
+        self, row: str, stated_s: float | None
+    ) -> None:
+        clock = Clock()
+        pool = pool_of("ab", clock=clock)
+        early = take(pool, forced="a")
+        clock.go(1)
+        knock_out(pool, "a", row="limited", stated_s=3600.0)
+        clock.go(1)
+        fails(pool, early, row, stated_s=stated_s)
+        knock_out(pool, "a", row=row, stated_s=stated_s)
+        assert left_of(pool, "a") == 3599.0
+
+    @pytest.mark.parametrize(
+        ("row", "stated_s", "cooldown", "left_s"),
+        [
+            ("server-error", None, None, 15.0),
+            ("server-error", 40.0, None, 40.0),
+            ("server-error", 4.0, None, 15.0),
+            ("server-error", None, 5, 5.0),
+            ("server-error", 40.0, 5, 40.0),
+            ("payment", None, 5, 3600.0),
+            ("credential", None, 5, float("inf")),
+        ],
+    )
+    def test_settings_and_statements_have_their_say(
+        self, row: str, stated_s: float | None, cooldown: int | None, left_s: float
+    ) -> None:
+        failover = {} if cooldown is None else {"cooldown": cooldown}
+        pool = pool_of("ab", clock=Clock(), failover=failover)
+        knock_out(pool, "a", row=row, stated_s=stated_s)
+        assert left_of(pool, "a") == left_s
+
+    def test_a_models_cooldown_leaves_its_others_alone(self) -> None:
+        clock = Clock()
+        pool = pool_of("ab", clock=clock)
+        assert not pool.needs_model()
+        key = claude_lb.model_bucket(OPUS)
+        knock_out(pool, "a", row="overloaded", key=key)
+        assert pool.needs_model()
+        assert {take(pool, model=OPUS).endpoint.name for _ in range(4)} == {"b"}
+        for model in (HAIKU, None):
+            names = {take(pool, model=model).endpoint.name for _ in range(4)}
+            assert names == {"a", "b"}
+        assert pool.snapshot().endpoints[0].state != "cooling"
+        clock.go(10)
+        assert take(pool, "b", model=OPUS).endpoint.name == "a"
+
+    def test_what_harms_none_cools_none(self) -> None:
+        pool = pool_of("ab", clock=Clock())
+        for row in ("request", "throttled", "own-fault", "no-network", "stale-send"):
+            assert fails(pool, take(pool, forced="a"), row) == ""
+        assert turns(pool, 4) == "abab"
+
+    @pytest.mark.parametrize("lane", [Lane.COUNT, Lane.FIXED])
+    def test_a_lane_of_its_own_cools_none(self, lane: Lane) -> None:
+        pool = pool_of("ab", clock=Clock())
+        fails(pool, take(pool, forced="a", lane=lane))
+        assert left_of(pool, "a") == -1.0
+
+    @pytest.mark.parametrize(
+        ("row", "cools"),
+        [
+            ("credential", False),
+            ("payment", False),
+            ("forbidden", False),
+            ("credit", False),
+            ("limited", False),
+            ("configured", False),
+            ("server-error", True),
+            ("unreachable", True),
+        ],
+    )
+    def test_a_clients_own_credential_harms_no_endpoint(
+        self, row: str, cools: bool
+    ) -> None:
+        own = {"authType": "passthrough", "authToken": None}
+        pool = pool_of("ab", clock=Clock(), each={"a": own})
+        settings = claude_lb.FailoverSettings(statuses={422: "failover"})
+        rule = ROWS.get(row) or claude_lb.judge(answered(422), settings)
+        evidence = claude_lb.Evidence(rule, "why", stated_s=30.0)
+        pool.settle(take(pool, forced="a"), evidence)
+        assert (left_of(pool, "a") > 0) is cools
+
+    def test_sleep_counts_as_time_passed(self) -> None:
+        pool = pool_of("ab", clock=Clock())
+        knock_out(pool, "a")
+        knock_out(pool, "b", row="credential")
+        pool.slept(20.0)
+        assert (left_of(pool, "a"), left_of(pool, "b")) == (0.0, float("inf"))
+        assert take(pool).endpoint.name == "a"
+
+
+class TestPoolAffinity:
+    def test_the_last_good_one_stays_first_until_traffic_rests(self) -> None:
+        clock = Clock()
+        pool = pool_of(
+            "ab",
+            clock=clock,
+            each={"b": {"priority": 1}},
+            balancing={"affinity": "last_good", "idleRecoverySeconds": 300},
+        )
+        fails(pool, take(pool))
+        answers(pool, take(pool, "a"))
+        for _ in range(5):  # a has recovered meanwhile, b stays
+            clock.go(299)
+            lease = take(pool)
+            assert lease.endpoint.name == "b"
+            answers(pool, lease)
+        clock.go(300)
+        assert take(pool).endpoint.name == "a"  # R22
+
+    def test_the_last_good_one_is_left_when_it_cannot_serve(self) -> None:
+        pool = pool_of("ab", clock=Clock(), balancing={"affinity": "last_good"})
+        answers(pool, take(pool))
+        assert turns(pool, 3) == "aaa"
+        pool.pause("a", paused=True)
+        assert turns(pool, 2) == "bb"
+
+    def test_a_conversation_stays_and_pools_agree_on_its_place(self) -> None:
+        affinity = {"balancing": {"affinity": "conversation"}}
+        pool, other = pool_of("abcd", **affinity), pool_of("dcba", **affinity)
+        places = {}
+        for key in map(str, range(50)):
+            names = {
+                take(p, conversation=key, ttl_s=300.0).endpoint.name
+                for p in (pool, other, pool)
+            }
+            (places[key],) = names
+        assert set(places.values()) == set("abcd")
+
+    def test_a_conversation_stays_where_it_failed_over_to_while_warm(self) -> None:
+        clock = Clock()
+        pool = pool_of("ab", clock=clock, balancing={"affinity": "conversation"})
+        talk: dict[str, Any] = {"conversation": "k", "ttl_s": 300.0}
+        home = take(pool, **talk)
+        fails(pool, home)
+        away = take(pool, home.endpoint.name, **talk)
+        assert away.endpoint is not home.endpoint
+        answers(pool, away)
+        for _ in range(3):  # each request keeps the cache warm
+            clock.go(299)
+            lease = take(pool, **talk)
+            assert lease.endpoint is away.endpoint
+            answers(pool, lease)
+        clock.go(300)
+        assert take(pool, **talk).endpoint is home.endpoint
+
+    def test_conversations_move_no_turn(self) -> None:
+        pool = pool_of("abc", balancing={"affinity": "conversation"})
+        for key in "xyz":
+            take(pool, conversation=key, ttl_s=300.0)
+        assert turns(pool, 3) == "abc"
+
+    def test_old_conversations_are_forgotten(self) -> None:
+        pool = pool_of("ab", clock=Clock(), balancing={"affinity": "conversation"})
+        home = take(pool, conversation="old", ttl_s=300.0).endpoint
+        answers(pool, take(pool, home.name, conversation="old", ttl_s=300.0))
+        assert take(pool, conversation="old").endpoint is not home
+        for i in range(claude_lb.CONVERSATIONS):
+            answers(pool, take(pool, conversation=str(i), ttl_s=300.0))
+        assert take(pool, conversation="old").endpoint is home
+
+
+class TestPoolByHand:
+    @pytest.mark.parametrize("lane", list(Lane))
+    def test_a_paused_endpoint_gets_no_attempt(self, lane: Lane) -> None:
+        pool = pool_of("a")
+        assert pool.pause("a", paused=True)
+        assert pool.reserve(wish(lane=lane)) is None
+        assert pool.snapshot().endpoints[0].state == "paused"
+        assert pool.pause("a", paused=False)
+        assert pool.reserve(wish(lane=lane)) is not None
+        assert not pool.pause("z", paused=True)
+
+    def test_everything_goes_to_the_one_held_and_nowhere_else(self) -> None:
+        pool = pool_of("abc", clock=Clock())
+        assert pool.take_hold("b")
+        knock_out(pool, "b")
+        assert turns(pool, 3) == "bbb"
+        assert pool.reserve(wish(), [take(pool).endpoint]) is None
+        assert (pool.snapshot().manual, pool.snapshot().next_index) == ("b", 1)
+        assert not pool.take_hold("z")
+        assert pool.take_hold("")
+        assert turns(pool, 2) == "ac"
+
+    def test_a_request_can_insist_on_an_endpoint(self) -> None:
+        pool = pool_of("abc")
+        lease = take(pool, forced="c")
+        assert lease.endpoint.name == "c"
+        assert pool.reserve(wish(forced="c"), [lease.endpoint]) is None
+        assert turns(pool, 2) == "ab"
+
+    @pytest.mark.parametrize("lane", list(Lane))
+    def test_one_that_insists_on_an_unknown_endpoint_gets_none(
+        self, lane: Lane
+    ) -> None:
+        assert pool_of("abc").reserve(wish(lane=lane, forced="z")) is None
+
+
+class TestPoolRoutes:
+    def test_a_mapped_model_is_told_with_the_lease(self) -> None:
+        steps = [{"endpoint": "b", "model": "y"}, {"endpoint": "c", "priority": 1}]
+        pool = pool_of("abc", routes={"x": steps})
+        assert pool.needs_model()
+        first = take(pool, model="x")
+        assert (first.endpoint.name, first.model) == ("b", "y")
+        again = pool.again(first)
+        assert again is not None
+        assert again.model == "y"
+        second = take(pool, "b", model="x")
+        assert (second.endpoint.name, second.model) == ("c", None)
+        assert pool.reserve(wish("x"), [first.endpoint, second.endpoint]) is None
+
+
+class TestPoolReload:
+    def test_an_endpoint_that_stays_keeps_its_state(self) -> None:
+        pool = pool_of("abc", clock=Clock())
+        lease = take(pool)
+        knock_out(pool, "a")
+        pool.pause("b", paused=True)
+        pool.configure(config_of("cba", each={"a": {"weight": 3, "priority": 1}}))
+        c, b, a = pool.snapshot().endpoints
+        assert (a.in_flight, a.state, a.used) == (1, "cooling", 2)
+        assert (b.state, c.state) == ("paused", "unknown")
+        assert turns(pool, 2) == "cc"
+        pool.settle(lease, None)
+        assert pool.snapshot().endpoints[2].in_flight == 0
+
+    @pytest.mark.parametrize(
+        "change", [{"authToken": "another-token-1"}, {"baseURL": "https://n.example"}]
+    )
+    def test_another_credential_or_address_is_another_service(
+        self, change: dict[str, object]
+    ) -> None:
+        pool = pool_of("ab", clock=Clock())
+        early = take(pool, forced="a")
+        knock_out(pool, "a", row="credential")
+        pool.configure(config_of("ab", each={"a": change}))
+        assert left_of(pool, "a") == -1.0
+        assert not pool.snapshot().endpoints[0].needs_attention
+        fails(pool, early, "credential")  # it speaks of what was there before
+        assert left_of(pool, "a") == -1.0
+        assert pool.snapshot().endpoints[0].in_flight == 0
+
+    def test_the_turn_stays_in_range(self) -> None:
+        pool = pool_of("abcdef")
+        turns(pool, 5)
+        pool.configure(config_of("ab"))
+        assert pool.snapshot().next_index == 0
+        assert turns(pool, 4) == "abab"
+
+    def test_leases_of_an_endpoint_that_is_gone_end_well(self) -> None:
+        pool = pool_of("ab", clock=Clock(), balancing={"affinity": "last_good"})
+        leases = [take(pool, forced="a") for _ in range(4)]
+        pool.take_hold("a")
+        pool.pin([FILE_ID], leases[0].endpoint)
+        pool.configure(config_of("b", balancing={"affinity": "last_good"}))
+        answers(pool, leases[0])
+        fails(pool, leases[1])
+        pool.settle(leases[2], None)
+        assert pool.snapshot().manual == ""
+        assert turns(pool, 3) == "bbb"
+        assert take(pool, ids=(FILE_ID,)).endpoint.name == "b"
+        pool.note(leases[3].endpoint, answering=True, why="it is gone")
+
+    def test_conversations_stay_through_a_reload(self) -> None:
+        affinity = {"affinity": "conversation"}
+        pool = pool_of("abc", clock=Clock(), balancing=affinity)
+        talk: dict[str, Any] = {"conversation": "k", "ttl_s": 300.0}
+        lease = take(pool, take(pool, **talk).endpoint.name, **talk)
+        answers(pool, lease)
+        pool.configure(config_of("dcba", balancing=affinity))
+        assert take(pool, **talk).endpoint.name == lease.endpoint.name
+
+    def test_equal_endpoints_stay_the_same_objects(self) -> None:
+        before, after = config_of("abc"), config_of("cab", each={"a": {"weight": 2}})
+        merged = claude_lb.with_known_endpoints(after, before.endpoints)
+        c, a, b = merged.endpoints
+        assert (b, c) == (before.endpoints[1], before.endpoints[2])
+        assert a is after.endpoints[1]
+        assert claude_lb.same_service(a, before.endpoints[0])
+
+
+class TestPoolExhaustion:
+    def test_all_limited_tells_the_soonest_reset(self) -> None:
+        clock = Clock()
+        pool = pool_of("abX", clock=clock)
+        knock_out(pool, "a", row="limited", stated_s=90.0)
+        knock_out(pool, "b", row="limited", stated_s=30.0)
+        clock.go(10)
+        assert pool.reserve(wish()) is None
+        found = pool.exhaustion(wish())
+        assert (found.reset_s, found.unserved) == (20.0, False)
+        assert [s[:15] for s in found.states] == ["a: cools down 8", "b: cools down 2"]
+
+    def test_limited_beside_failing_states_no_reset(self) -> None:
+        pool = pool_of("ab", clock=Clock())
+        knock_out(pool, "a", row="limited", stated_s=90.0)
+        knock_out(pool, "b")
+        assert pool.exhaustion(wish()).reset_s is None
+
+    def test_paused_ones_say_so(self) -> None:
+        pool = pool_of("ab")
+        for name in "ab":
+            pool.pause(name, paused=True)
+        found = pool.exhaustion(wish())
+        assert found == claude_lb.Exhaustion(None, ("a: paused", "b: paused"), False)
+
+    @pytest.mark.parametrize("row", ["server-error", "credential"])
+    def test_a_reset_told_is_one_that_was_stated(self, row: str) -> None:
+        pool, key = pool_of("a", clock=Clock()), claude_lb.model_bucket(OPUS)
+        knock_out(pool, "a", row="limited-model", key=key, stated_s=5.0)
+        knock_out(pool, "a", row=row)
+        assert pool.exhaustion(wish(OPUS)).reset_s in (None, 5.0)
+
+    def test_a_limit_of_one_model_is_none_of_its_others(self) -> None:
+        pool, key = pool_of("a", clock=Clock()), claude_lb.model_bucket(OPUS)
+        knock_out(pool, "a", row="limited-model", key=key, stated_s=90.0)
+        assert pool.reserve(wish(OPUS)) is None
+        assert pool.exhaustion(wish(OPUS)).reset_s == 90.0
+        assert pool.reserve(wish(HAIKU)) is not None
+
+    def test_a_model_that_nobody_serves(self) -> None:
+        pool = pool_of("a", each={"a": {"models": [OPUS]}})
+        assert pool.reserve(wish("gpt")) is None
+        found = pool.exhaustion(wish("gpt"))
+        assert found == claude_lb.Exhaustion(None, (), unserved=True)
+
+
+class TestPoolWalk:
+    ROWS = ("server-error", "limited", "overloaded", "credential", "request", "lost")
+    SETS = ("abcd", "ab", "dcbaE", "bcde")
+
+    @pytest.mark.parametrize("strategy", claude_lb.STRATEGY_NAMES)
+    def test_the_books_balance_and_the_eligible_go_first(self, strategy: str) -> None:
+        walk, clock = random.Random(strategy), Clock()
+        balancing = {"strategy": strategy}
+        ranked: dict[str, dict[str, object]]
+        ranked = {"c": {"priority": 1}, "b": {"models": [OPUS, "x*"]}}
+        pool = pool_of("abcd", clock=clock, balancing=balancing, each=ranked)
+        leases: list[claude_lb.Lease] = []
+        for _ in range(3000):
+            step = walk.random()
+            if step < 0.5:
+                self.reserve(pool, walk, leases)
+            elif step < 0.9 and leases:
+                self.settle(pool, walk, leases)
+            elif step < 0.96:
+                clock.go(walk.choice([0.01, 1, 20, 400]))
+            elif step < 0.98:
+                pool.pause(walk.choice("abcd"), paused=walk.random() < 0.5)
+            elif step < 0.99:
+                names = walk.choice(self.SETS)
+                config = config_of(names, each=ranked, balancing=balancing)
+                known = [s.endpoint for s in pool.snapshot().endpoints]
+                pool.configure(claude_lb.with_known_endpoints(config, known))
+            self.check_books(pool, leases)
+        for lease in leases:
+            pool.settle(lease, None)
+        self.check_books(pool, [])
+
+    def check_books(
+        self, pool: claude_lb.Pool, leases: Sequence[claude_lb.Lease]
+    ) -> None:
+        counts = collections.Counter(id(x.live) for x in leases)
+        for live in [*pool._lives.values(), *(x.live for x in leases)]:
+            assert live.in_flight == counts[id(live)]
+            for key, trouble in live.troubles.items():
+                holders = [x for x in leases if x.troubles.get(key) is trouble]
+                assert trouble.in_flight == len(holders)
+
+    def settle(
+        self, pool: claude_lb.Pool, walk: random.Random, leases: list[claude_lb.Lease]
+    ) -> None:
+        lease = leases.pop(walk.randrange(len(leases)))
+        if walk.random() < 0.6:
+            pool.gain(lease, walk.uniform(1, 500), b"")
+        evidence = None
+        if walk.random() < 0.5:
+            rule, key = ROWS[walk.choice(self.ROWS)], ""
+            if rule.scope is claude_lb.Scope.MODEL and lease.ask.model:
+                key = claude_lb.model_bucket(lease.ask.model)
+            evidence = claude_lb.Evidence(rule, "why", key, walk.choice([5.0, 90.0]))
+        pool.settle(lease, evidence)
+
+    def reserve(
+        self, pool: claude_lb.Pool, walk: random.Random, leases: list[claude_lb.Lease]
+    ) -> None:
+        model = walk.choice([None, OPUS, HAIKU, "x1"])
+        lane = walk.choice([Lane.MESSAGES, Lane.MESSAGES, Lane.COUNT])
+        snapshot = pool.snapshot()
+        tried = [s.endpoint for s in snapshot.endpoints if walk.random() < 0.2]
+        keys = claude_lb.trouble_keys(model)
+        servers = [t.endpoint for t in claude_lb.targets_for(pool._config, model)]
+        left = [
+            s
+            for s in snapshot.endpoints
+            if s.endpoint in servers and s.endpoint not in tried and s.state != "paused"
+        ]
+        cooling = {
+            s.endpoint
+            for s in left
+            if any(k in keys and left_s > 0 for k, _, left_s in s.cooldowns)
+        }
+        free = [
+            s.endpoint for s in left if not any(k in keys for k, _, _ in s.cooldowns)
+        ]
+        lease = pool.reserve(wish(model, lane=lane), tried)
+        if lease is None:
+            assert not free
+            return
+        leases.append(lease)
+        assert lease.endpoint in [s.endpoint for s in left]
+        if free:
+            assert lease.endpoint not in cooling
+            assert lease.endpoint.priority <= min(e.priority for e in free)
 
 
 class TestPoolPins:
     def test_a_pinned_id_goes_to_its_maker_alone(self) -> None:
         pool = pool_of("abc")
-        maker = pool.reserve(Lane.MESSAGES, ())[1]
+        maker = take(pool, forced="b").endpoint
         pool.pin(["msgbatch_1", FILE_ID], maker)
         for lane in Lane:
-            assert pool.reserve(lane, ["x_1", FILE_ID]) == (maker,)
+            what = wish(lane=lane, ids=("x_1", FILE_ID))
+            lease = pool.reserve(what)
+            assert lease is not None
+            assert lease.endpoint is maker
+            assert pool.reserve(what, [maker]) is None
 
     def test_a_pinned_request_moves_no_turn(self) -> None:
         pool = pool_of("abc")
         pool.pin([FILE_ID], pool.snapshot().endpoints[2].endpoint)
-        pool.reserve(Lane.MESSAGES, [FILE_ID])
+        assert take(pool, ids=(FILE_ID,)).endpoint.name == "c"
         assert turns(pool, 3) == "abc"
 
     def test_a_file_of_unknown_maker_goes_where_files_are_made(self) -> None:
-        pool = claude_lb.Pool([endpoint_of("a"), endpoint_of("b", default=True)])
-        assert [e.name for e in pool.reserve(Lane.MESSAGES, [FILE_ID])] == ["b"]
+        pool = pool_of("ab", each={"b": {"default": True}})
+        assert take(pool, ids=(FILE_ID,)).endpoint.name == "b"
 
     def test_an_unknown_container_is_balanced(self) -> None:
         pool = pool_of("ab")
-        assert len(pool.reserve(Lane.MESSAGES, ["container_01AbCd"])) == 2
+        first = take(pool, ids=("container_01AbCd",)).endpoint.name
+        second = take(pool, first, ids=("container_01AbCd",)).endpoint.name
+        assert first + second == "ab"
 
     def test_the_last_maker_counts(self) -> None:
         pool = pool_of("ab")
         a, b = (e.endpoint for e in pool.snapshot().endpoints)
         pool.pin(["x_1"], a)
         pool.pin(["x_1"], b)
-        assert pool.reserve(Lane.FIXED, ["x_1"]) == (b,)
+        assert take(pool, lane=Lane.FIXED, ids=("x_1",)).endpoint is b
 
     def test_the_oldest_pins_are_forgotten(self) -> None:
         pool = pool_of("ab")
@@ -3015,9 +4621,11 @@ class TestPoolPins:
         pool.pin([f"x_{i}" for i in range(claude_lb.PINS)], b)
         pool.pin(["x_0"], b)
         pool.pin(["y_1"], b)
-        assert [e.name for e in pool.reserve(Lane.FIXED, ["x_1"])] == ["a"]
-        assert pool.reserve(Lane.FIXED, ["x_0"]) == (b,)
-        assert pool.reserve(Lane.FIXED, ["x_2"]) == (b,)
+        makers = [
+            take(pool, lane=Lane.FIXED, ids=(i,)).endpoint.name
+            for i in ("x_1", "x_0", "x_2")
+        ]
+        assert makers == ["a", "b", "b"]
 
 
 class TestPoolSnapshots:
@@ -3044,31 +4652,48 @@ class TestPoolSnapshots:
                 pool.note(state.endpoint, answering=seen, why="seen")
         assert pool.snapshot().status == status
 
+    def test_a_paused_endpoint_does_not_count_as_answering(self) -> None:
+        pool = pool_of("ab")
+        for name in "ab":
+            answers(pool, take(pool, forced=name))
+        pool.pause("a", paused=True)
+        assert pool.snapshot().status == "degraded"
+
     def test_an_attempt_that_showed_nothing_changes_no_evidence(self) -> None:
         pool = pool_of("a")
-        (one,) = pool.reserve(Lane.MESSAGES, ())
-        pool.begin(one)
-        pool.settle(one, answering=False, why="refused")
-        pool.begin(one)
-        pool.settle(one, answering=None, why="ignored")
+        fails(pool, take(pool), "no-network")
+        pool.settle(take(pool), None)
         (state,) = pool.snapshot().endpoints
-        assert (state.answering, state.why) == (False, "refused")
-        pool.begin(one)
-        pool.settle(one, answering=True, why="answered")
+        assert (state.answering, state.why) == (False, "why")
+        answers(pool, take(pool))
         assert pool.snapshot().status == "healthy"
+
+    def test_a_state_tells_its_evidence(self) -> None:
+        clock = Clock()
+        pool = pool_of("abX", clock=clock)
+        pool.gain(take(pool), 40.0, kept_of(f"{REQUESTS}-Limit: 5"))
+        pool.gain(take(pool, forced="a"), 90.0, b"")
+        knock_out(pool, "b", row="payment")
+        clock.go(3600)
+        a, b, disabled = pool.snapshot().endpoints
+        assert (a.state, a.succeeded, a.limits) == ("ok", 2, {"requests-limit": "5"})
+        assert a.latency_ms == pytest.approx(50.0)
+        assert (b.state, b.needs_attention, b.failed) == ("recovering", True, 1)
+        assert b.cooldowns == (("", "payment", 0.0),)
+        assert disabled.state == "disabled"
 
     def test_the_next_index_counts_disabled_endpoints(self) -> None:
         pool = pool_of("aXb")
-        assert pool.snapshot().next_index == 0
-        pool.reserve(Lane.MESSAGES, ())
-        assert pool.snapshot().next_index == 2
-        pool.reserve(Lane.MESSAGES, ())
-        assert pool.snapshot().next_index == 0
+        found = []
+        for _ in range(3):
+            found.append(pool.snapshot().next_index)
+            take(pool)
+        assert found == [0, 2, 0]
 
     def test_a_snapshot_does_not_change(self) -> None:
         pool = pool_of("ab")
         before = pool.snapshot()
-        pool.begin(pool.reserve(Lane.MESSAGES, ())[0])
+        take(pool)
         assert [e.in_flight for e in before.endpoints] == [0, 0]
         assert (before.next_index, before.in_flight) == (0, 0)
 
@@ -3632,7 +5257,9 @@ class Lab:
         timeouts = {"connect": 60, "firstByte": 60, "idle": 60}
         timeouts.update(sections.pop("timeouts", {}))
         log = {"format": "json", "file": str(path), **sections.pop("log", {})}
+        failover = {"gateSeconds": 0, **sections.pop("failover", {})}
         raw = {"endpoints": listed, "server": server, "timeouts": timeouts, "log": log}
+        raw["failover"] = failover
         text = json.dumps({**raw, **sections})
         config = claude_lb.parse_config(text, name="lab", source=source or Source())
         running = claude_lb.Server(config, claude_lb.Log(config.log))
@@ -3732,7 +5359,7 @@ REQUEST_DROPS = (
     "X-Forwarded-For: 10.0.0.1",
     "X-Forwarded-Host: evil.example",
     "X-Forwarded-Proto: https",
-    "X-Claude-LB-Endpoint: spoofed",
+    "X-Claude-LB-Endpoint: up0",
     "X-Named: by Connection",
 )
 ANSWER_DROPS = (
@@ -6493,7 +8120,8 @@ class TestAccessOwnAnswers:
         def answering(wire: Wire, request: Received) -> None:
             wire.answer(500 if bad.is_set() else 200)
 
-        proxy = lab.proxy(lab.upstream(answering), lab.upstream())
+        failover = {"cooldown": 0, "attempts": 1}
+        proxy = lab.proxy(lab.upstream(answering), lab.upstream(), failover=failover)
         eventually(lambda: proxy.health()["status"] == "healthy", "the greeting")
         bad.set()
         for n, status in enumerate(("degraded", "degraded", "degraded"), 1):
@@ -8317,8 +9945,11 @@ class TestCliStop:
         self, program: Program, held_stream: SilentUpstream, again: int
     ) -> None:
         del again  # the moment between two signals is never the same
-        server = {"drainSeconds": 3600}
-        raw = {"endpoints": [near(held_stream.port)], "server": server}
+        raw = {
+            "endpoints": [near(held_stream.port)],
+            "server": {"drainSeconds": 3600},
+            "failover": {"gateSeconds": 0},
+        }
         program.write("c.json", raw)
         with program.serve("-c", "c.json", "--port", "0") as serving:
             client, received = self.begin_stream(serving)
@@ -8339,8 +9970,11 @@ class TestCliStop:
     def test_the_drain_ends_when_its_time_is_over(
         self, program: Program, held_stream: SilentUpstream
     ) -> None:
-        server = {"drainSeconds": 0}
-        raw = {"endpoints": [near(held_stream.port)], "server": server}
+        raw = {
+            "endpoints": [near(held_stream.port)],
+            "server": {"drainSeconds": 0},
+            "failover": {"gateSeconds": 0},
+        }
         program.write("c.json", raw)
         with program.serve("-c", "c.json", "--port", "0") as serving:
             client, received = self.begin_stream(serving)
@@ -8969,3 +10603,1311 @@ class TestSourceLayout:
 
     def test_the_top_level_shows_the_six_agreed_names(self) -> None:
         assert visible_top_level() == VISIBLE
+
+
+# ============================================================================
+# FOREIGN
+# ============================================================================
+
+SECRET = "sk-ant-SECRET"
+Check = Callable[[Any], bool]
+Reader = Callable[[Any], claude_lb.Translation]
+
+# C as its first example file has it, with what the table of its keys adds.
+PROVIDERS_1: dict[str, Any] = {
+    "providers": [
+        {
+            "name": "yourapi",
+            "type": "anthropic",
+            "base_url": "https://yourapi.example/v1",
+            "auth_type": "auth_token",
+            "auth_value": SECRET,
+            "enabled": True,
+        },
+        {
+            "name": "official",
+            "type": "anthropic",
+            "base_url": "https://api.anthropic.com",
+            "auth_type": "api_key",
+            "auth_value": "passthrough",
+            "proxy": "http://127.0.0.1:10808",
+        },
+        {
+            "name": "openrouter",
+            "type": "openai",
+            "base_url": "https://openrouter.example/api/v1",
+            "auth_type": "api_key",
+            "auth_value": SECRET,
+            "enabled": True,
+        },
+        {
+            "name": "zed",
+            "type": "zed",
+            "base_url": "https://zed.example",
+            "auth_type": "api_key",
+            "auth_value": SECRET,
+            "zed_config": {"default_mode": "normal", "thread_ttl": 3600},
+        },
+    ],
+    "model_routes": {
+        "claude-3-5-sonnet-20241022": [
+            {"provider": "yourapi", "model": "claude-3-5-sonnet", "priority": 1},
+            {"provider": "official", "model": "passthrough", "priority": 2},
+            {"provider": "openrouter", "model": "anthropic/sonnet", "priority": 3},
+        ],
+        "*haiku*": [
+            {"provider": "official", "model": "passthrough", "priority": 1},
+            {"provider": "zed", "model": "m", "priority": 2, "enabled": False},
+        ],
+    },
+    "settings": {
+        "selection_strategy": "priority",
+        "failure_cooldown": 90,
+        "request_timeout": 30,
+        "idle_recovery_interval": 200,
+        "failover_http_codes": [404, 529],
+        "failover_error_types": ["overloaded_error", "connect_timeout"],
+        "streaming_timeout": 120,
+        "streaming_activity_timeout": 60,
+        "deduplication": {"include_max_tokens_in_signature": True},
+        "log_level": "DEBUG",
+        "log_color": True,
+        "host": "127.0.0.1",
+        "port": 8080,
+        "app_name": "Claude Code Provider Balancer",
+        "app_version": "0.3.0",
+    },
+}
+
+PROVIDERS_2: dict[str, Any] = {
+    "providers": [
+        {
+            "name": "Claude Code Official",
+            "type": "anthropic",
+            "base_url": "https://api.anthropic.com",
+            "auth_type": "auth_token",
+            "auth_value": "oauth",
+            "account_email": "me@example.com",
+            "proxy": "http://127.0.0.1:10808",
+            "enabled": False,
+        },
+        {
+            "name": "GAC",
+            "type": "anthropic",
+            "base_url": "https://gac.example/claudecode",
+            "auth_type": "api_key",
+            "auth_value": SECRET,
+            "streaming_mode": "auto",
+        },
+    ],
+    "model_routes": {
+        "*opus*": [
+            {"provider": "GAC", "model": "passthrough", "priority": 1},
+            {
+                "provider": "Claude Code Official",
+                "model": "passthrough",
+                "priority": 2,
+                "account_email": "me@example.com",
+            },
+        ]
+    },
+    "settings": {
+        "selection_strategy": "round_robin",
+        "failure_cooldown": 300,
+        "unhealthy_threshold": 2,
+        "unhealthy_reset_on_success": True,
+        "unhealthy_reset_timeout": 300,
+        "reload": True,
+        "reload_includes": ["*.py", "config.yaml"],
+        "timeouts": {
+            "non_streaming": {
+                "connect_timeout": 30,
+                "read_timeout": 60,
+                "pool_timeout": 30,
+            },
+            "streaming": {
+                "connect_timeout": 20,
+                "read_timeout": 120,
+                "pool_timeout": 30,
+            },
+            "caching": {"deduplication_timeout": 180},
+        },
+        "sticky_provider_duration": 240,
+        "token_counting": {"always_use_local": False},
+        "unhealthy_exception_patterns": ["connection", "timeout"],
+        "unhealthy_response_body_patterns": ['"type"\\s*:\\s*"error"'],
+        "unhealthy_http_codes": [402, 404, 500],
+        "log_level": "INFO",
+        "log_file_path": "logs/logs.jsonl",
+        "host": "127.0.0.1",
+        "port": 9090,
+        "auth": {"enabled": True, "api_key": SECRET, "exempt_paths": ["/health"]},
+        "oauth": {"enable_persistence": True, "proxy": "http://127.0.0.1:1"},
+        "deduplication": {
+            "enabled": True,
+            "include_max_tokens_in_signature": False,
+            "sse_error_cleanup_delay": 3,
+        },
+        "testing": {"simulate_delay": False, "delay_seconds": 10},
+    },
+}
+
+# D as its documents show it, then with everything that later versions added.
+GROUPS_1: dict[str, Any] = {
+    "server": {
+        "port": 8080,
+        "switch_threshold_ms": 60,
+        "graceful_switch_timeout_ms": 30000,
+    },
+    "groups": [
+        {
+            "name": "primary-provider",
+            "auth_token_env": "AUTH_TOKEN_MAIN",
+            "default": True,
+            "endpoints": [
+                {"url": "https://api.provider-a.example", "name": "Provider-A-1"},
+                {"url": "https://api2.provider-a.example", "name": "Provider-A-2"},
+            ],
+        }
+    ],
+    "health_check": {
+        "interval_seconds": 120,
+        "timeout_seconds": 15,
+        "auth_token": SECRET,
+        "claude_binary_path": "/path/to/claude/binary",
+    },
+}
+GROUPS_2: dict[str, Any] = {
+    "server": {"port": 8081},
+    "ui": {"language": "zh"},
+    "endpoint_groups": [
+        {
+            "name": "early",
+            "auth_token": SECRET,
+            "endpoints": [
+                {"url": "https://cn.example", "name": "CN1", "flag": "x"},
+                {"url": "https://hk.example", "name": "HK", "default": True},
+            ],
+            "health_check": {"interval_seconds": 5},
+        }
+    ],
+    "health_check": {
+        "interval_seconds": 60,
+        "min_interval_seconds": 30,
+        "max_interval_seconds": 3600,
+        "timeout_seconds": 15,
+        "dynamic_scaling": True,
+        "claude_binary_path": "claude",
+        "switch_threshold_ms": 50,
+    },
+    "retry": {
+        "enabled": True,
+        "max_attempts": 4,
+        "base_delay_ms": 500,
+        "backoff_multiplier": 1.5,
+    },
+    "logging": {
+        "output_level": "warn",
+        "proxy_detail": "detailed",
+        "console_enabled": True,
+        "file_enabled": True,
+        "file_path": "logs/zephyr.log",
+        "max_file_size": 104857600,
+        "max_files": 10,
+        "json_format": True,
+    },
+}
+PROVIDER_FILES = [PROVIDERS_1, PROVIDERS_2]
+GROUP_FILES = [GROUPS_1, GROUPS_2]
+EXAMPLES = [(claude_lb.from_providers, f) for f in PROVIDER_FILES] + [
+    (claude_lb.from_groups_file, f) for f in GROUP_FILES
+]
+
+# -- our raw configuration, as the checker behind the readers will want it -----
+
+
+def number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def whole(value: object) -> bool:
+    return isinstance(value, int) and not flag(value)
+
+
+def one_of(*names: str) -> Callable[[object], bool]:
+    return lambda value: value in names
+
+
+STRATEGY = one_of("round_robin", "priority", "random", "fastest")
+CREDENTIAL = {
+    "authToken": text,
+    "authTokenEnv": text,
+    "authType": one_of("api_key", "auth_token", "passthrough"),
+}
+ENDPOINT = {
+    **CREDENTIAL,
+    "name": text,
+    "baseURL": text,
+    "enabled": flag,
+    "proxy": text,
+    "allowHttp": flag,
+}
+MEMBER = {"name": text, "baseURL": text, "allowHttp": flag, "default": flag}
+GROUP = {**CREDENTIAL, "name": text, "default": flag}
+OPTION = {"endpoint": text, "model": text, "priority": whole, "enabled": flag}
+FOREIGN_SECTIONS: dict[str, dict[str, Check]] = {
+    "server": {
+        "host": text,
+        "port": whole,
+        "clientKeys": lambda v: bool(v) and all(text(k) for k in v),
+    },
+    "timeouts": dict.fromkeys(("connect", "firstByte", "idle"), number),
+    "log": {
+        "level": one_of("debug", "info", "warn", "error"),
+        "format": one_of("text", "json"),
+        "color": one_of("auto", "on", "off"),
+        "file": text,
+        "lifecycle": flag,
+    },
+    "balancing": {
+        "strategy": STRATEGY,
+        "affinity": one_of("off", "last_good", "conversation"),
+        "idleRecoverySeconds": number,
+        "switchThresholdMs": number,
+        "dedupe": flag,
+    },
+    "failover": {
+        "attempts": lambda v: whole(v) and 1 <= v <= 100,
+        "retries": lambda v: whole(v) and 0 <= v <= 10,
+        "retryDelayMs": number,
+        "retryBackoff": number,
+        "cooldown": number,
+        "statuses": lambda v: all(
+            k.isdigit() and 400 <= int(k) <= 599 and a == "failover"
+            for k, a in v.items()
+        ),
+        "errorTypes": lambda v: set(v.values()) <= {"failover"},
+        "resendAmbiguous": flag,
+    },
+    "health": {
+        "method": one_of("cli"),
+        "intervalSeconds": number,
+        "minIntervalSeconds": number,
+        "maxIntervalSeconds": number,
+        "timeoutSeconds": number,
+        "dynamicScaling": flag,
+        "claudeBinaryPath": text,
+        "gracefulSwitchTimeoutMs": number,
+    },
+}
+
+
+def assert_fits(raw: dict[str, Any], keys: Mapping[str, Check]) -> None:
+    for key, value in raw.items():
+        assert key in keys, key
+        assert keys[key](value), (key, value)
+
+
+def assert_ours(raw: dict[str, Any]) -> None:
+    """Check a raw configuration against our schema."""
+    names = set()
+    for endpoint in raw.get("endpoints", []):
+        assert_fits(endpoint, ENDPOINT)
+        names.add(endpoint["name"])
+    assert len(names) == len(raw.get("endpoints", []))
+    for group in raw.get("groups", []):
+        assert_fits({k: v for k, v in group.items() if k != "endpoints"}, GROUP)
+        for member in group["endpoints"]:
+            assert_fits(member, MEMBER)
+    for options in raw.get("routes", {}).values():
+        assert options
+        for option in options:
+            assert_fits(option, OPTION)
+            assert option["endpoint"] in names
+    for name, section in raw.items():
+        if name not in ("endpoints", "groups", "routes"):
+            assert_fits(section, FOREIGN_SECTIONS[name])
+
+
+def translated(file: dict[str, Any]) -> claude_lb.Translation:
+    """Translate a file that has no faults."""
+    read = (
+        claude_lb.from_providers if "providers" in file else claude_lb.from_groups_file
+    )
+    result = read(file)
+    assert result.faults == ()
+    assert_ours(result.raw)
+    return result
+
+
+def provider(**changes: object) -> dict[str, Any]:
+    """Return one provider of C; None takes a key away."""
+    whole = {
+        "name": "a",
+        "type": "anthropic",
+        "base_url": "https://a.example",
+        "auth_type": "api_key",
+        "auth_value": SECRET,
+        **changes,
+    }
+    return {k: v for k, v in whole.items() if v is not None}
+
+
+def providers(*entries: dict[str, Any], **rest: object) -> dict[str, Any]:
+    """Return a file of C."""
+    return {"providers": list(entries) or [provider()], **rest}
+
+
+def settings(**given: object) -> claude_lb.Translation:
+    """Translate a file of C with these settings."""
+    return translated(providers(settings=given))
+
+
+def groups(**rest: object) -> dict[str, Any]:
+    """Return a file of D with one group."""
+    return {
+        "groups": [
+            {
+                "name": "g",
+                "auth_token_env": "TOKEN_G",
+                "endpoints": [{"name": "e", "url": "https://e.example"}],
+            }
+        ],
+        "server": {"port": 8080},
+        **rest,
+    }
+
+
+def said(result: claude_lb.Translation, *words: str) -> bool:
+    """Tell whether one note holds all the words."""
+    return any(all(word in note for word in words) for note in result.notes)
+
+
+class TestForeignKind:
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            [],
+            None,
+            "text",
+            {},
+            {"endpoints": []},
+            {"endpoints": [], "providers": []},
+            {"groups": [{"name": "g", "authTokenEnv": "T", "endpoints": []}]},
+            {"groups": [{"name": "g", "endpoints": [{"name": "e", "url": "u"}]}]},
+            {"groups": [], "server": {"port": 1}, "log": {}},
+            {"groups": "text", "server": []},
+        ],
+    )
+    def test_is_ours(self, raw: object) -> None:
+        assert claude_lb.foreign_kind(raw) == ""
+
+    @pytest.mark.parametrize(
+        "raw", [*PROVIDER_FILES, {"model_routes": {}}, {"providers": None}]
+    )
+    def test_is_a_providers_file(self, raw: object) -> None:
+        assert claude_lb.foreign_kind(raw) == "providers"
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            *GROUP_FILES,
+            groups(),
+            {"groups": [], "server": {"switch_threshold_ms": 50}},
+            {"groups": [], "health_check": {}},
+        ],
+    )
+    def test_is_a_groups_file(self, raw: object) -> None:
+        assert claude_lb.foreign_kind(raw) == "zephyr"
+
+
+class TestExamples:
+    def test_first_providers_file(self) -> None:
+        raw = translated(PROVIDERS_1).raw
+        assert raw["endpoints"] == [
+            {
+                "name": "yourapi",
+                "baseURL": "https://yourapi.example/v1",
+                "authType": "auth_token",
+                "authToken": SECRET,
+                "enabled": True,
+            },
+            {
+                "name": "official",
+                "baseURL": "https://api.anthropic.com",
+                "authType": "passthrough",
+                "proxy": "http://127.0.0.1:10808",
+                "enabled": True,
+            },
+            {
+                "name": "openrouter",
+                "baseURL": "https://openrouter.example/api/v1",
+                "authType": "api_key",
+                "authToken": SECRET,
+                "enabled": False,
+            },
+            {
+                "name": "zed",
+                "baseURL": "https://zed.example",
+                "authType": "api_key",
+                "authToken": SECRET,
+                "enabled": False,
+            },
+        ]
+        assert raw["routes"] == {
+            "claude-3-5-sonnet-20241022": [
+                {"endpoint": "yourapi", "model": "claude-3-5-sonnet", "priority": 1},
+                {"endpoint": "official", "model": "passthrough", "priority": 2},
+            ],
+            "*haiku*": [
+                {"endpoint": "official", "model": "passthrough", "priority": 1}
+            ],
+        }
+        assert raw["server"] == {"host": "127.0.0.1", "port": 8080}
+        assert raw["log"] == {"level": "debug", "color": "auto"}
+        assert raw["timeouts"] == {"firstByte": 30, "idle": 60}
+        assert raw["balancing"] == {
+            "strategy": "priority",
+            "affinity": "last_good",
+            "idleRecoverySeconds": 200,
+            "dedupe": True,
+        }
+        assert raw["failover"] == {
+            "attempts": 2,
+            "cooldown": 90,
+            "statuses": {"404": "failover", "529": "failover"},
+            "errorTypes": {"overloaded_error": "failover"},
+            "resendAmbiguous": True,
+        }
+
+    def test_second_providers_file(self) -> None:
+        raw = translated(PROVIDERS_2).raw
+        assert [e["enabled"] for e in raw["endpoints"]] == [False, True]
+        assert "authToken" not in raw["endpoints"][0]
+        assert [o["endpoint"] for o in raw["routes"]["*opus*"]] == ["GAC"]
+        assert raw["server"] == {
+            "host": "127.0.0.1",
+            "port": 9090,
+            "clientKeys": [SECRET],
+        }
+        assert raw["timeouts"] == {"connect": 30, "firstByte": 120, "idle": 120}
+        assert raw["log"] == {
+            "level": "info",
+            "file": "logs/logs.jsonl",
+            "format": "json",
+        }
+        assert raw["balancing"]["idleRecoverySeconds"] == 240
+        assert set(raw["failover"]["statuses"]) == {"402", "404", "500"}
+
+    def test_first_groups_file(self) -> None:
+        raw = translated(GROUPS_1).raw
+        assert raw == {
+            "groups": [
+                {
+                    "name": "primary-provider",
+                    "authTokenEnv": "AUTH_TOKEN_MAIN",
+                    "authType": "auth_token",
+                    "default": True,
+                    "endpoints": [
+                        {
+                            "name": "Provider-A-1",
+                            "baseURL": "https://api.provider-a.example",
+                        },
+                        {
+                            "name": "Provider-A-2",
+                            "baseURL": "https://api2.provider-a.example",
+                        },
+                    ],
+                }
+            ],
+            "server": {"host": "127.0.0.1", "port": 8080},
+            "balancing": {"strategy": "fastest", "switchThresholdMs": 60},
+            "failover": {"attempts": 2, "resendAmbiguous": True},
+        }
+
+    def test_second_groups_file(self) -> None:
+        raw = translated(GROUPS_2).raw
+        (group,) = raw["groups"]
+        assert group["authToken"] == SECRET
+        assert "default" not in group
+        assert group["endpoints"] == [
+            {"name": "CN1", "baseURL": "https://cn.example"},
+            {"name": "HK", "baseURL": "https://hk.example", "default": True},
+        ]
+        assert raw["server"]["port"] == 8081
+        assert raw["log"] == {
+            "level": "warn",
+            "lifecycle": True,
+            "format": "json",
+            "file": "logs/zephyr.log",
+        }
+        assert raw["failover"] == {
+            "attempts": 2,
+            "retries": 3,
+            "retryDelayMs": 500,
+            "retryBackoff": 1.5,
+            "resendAmbiguous": True,
+        }
+
+    @pytest.mark.parametrize(("read", "file"), EXAMPLES)
+    def test_every_setting_has_a_note(self, read: Reader, file: dict[str, Any]) -> None:
+        notes = "\n".join(read(file).notes)
+        entries = ("providers", "model_routes", "groups", "endpoint_groups")
+        for section, keys in file.items():
+            if section not in entries:
+                for key in keys:
+                    silent = (
+                        key == "failover_error_types"  # one note for each entry
+                        or f"{section}.{key}" in ("retry.enabled",)
+                        or key == "file_enabled"  # said with file_path
+                    )
+                    assert silent or f"{section}.{key}" in notes
+
+    @pytest.mark.parametrize(("read", "file"), EXAMPLES)
+    def test_leaves_the_file_as_it_is(self, read: Reader, file: dict[str, Any]) -> None:
+        before = json.dumps(file)
+        read(file)
+        assert json.dumps(file) == before
+
+    @pytest.mark.parametrize(("read", "file"), EXAMPLES)
+    def test_secrets_stay_out_of_notes(
+        self, read: Reader, file: dict[str, Any]
+    ) -> None:
+        result = read(file)
+        assert SECRET in json.dumps(result.raw) or "health_check" in file
+        assert not any("SECRET" in note for note in result.notes)
+
+
+class TestProviders:
+    @pytest.mark.parametrize("auth", ["api_key", "auth_token"])
+    def test_keeps_how_the_credential_is_sent(self, auth: str) -> None:
+        (endpoint,) = translated(providers(provider(auth_type=auth))).raw["endpoints"]
+        assert (endpoint["authType"], endpoint["authToken"]) == (auth, SECRET)
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"auth_value": "passthrough"},
+            {"auth_value": "passthrough", "auth_type": "auth_token"},
+            {"auth_type": "passthrough"},
+        ],
+    )
+    def test_passthrough_has_no_token(self, given: dict[str, Any]) -> None:
+        (endpoint,) = translated(providers(provider(**given))).raw["endpoints"]
+        assert endpoint["authType"] == "passthrough"
+        assert "authToken" not in endpoint
+
+    @pytest.mark.parametrize(
+        ("given", "word"),
+        [
+            ({"type": "openai"}, "OpenAI"),
+            ({"type": "zed", "zed_config": {}}, "Zed"),
+            ({"auth_type": "oauth"}, "OAuth"),
+            ({"auth_value": "oauth"}, "OAuth"),
+        ],
+    )
+    def test_what_is_not_served_is_disabled(
+        self, given: dict[str, Any], word: str
+    ) -> None:
+        file = providers(provider(), provider(name="b", **given))
+        file["model_routes"] = {"*": [{"provider": "b", "model": "m", "priority": 1}]}
+        result = translated(file)
+        assert result.raw["endpoints"][1]["enabled"] is False
+        assert "routes" not in result.raw
+        assert said(result, "providers[1]", "disabled", word)
+        assert said(result, "model_routes.*[0]", "left out")
+
+    def test_a_disabled_one_needs_no_credential(self) -> None:
+        (endpoint,) = translated(providers(provider(enabled=False, auth_value=""))).raw[
+            "endpoints"
+        ]
+        assert endpoint["enabled"] is False
+
+    @pytest.mark.parametrize("missing", ["name", "type", "base_url", "auth_value"])
+    @pytest.mark.parametrize("gone", [None, ""])
+    def test_tells_what_is_missing(self, missing: str, gone: object) -> None:
+        entry = {**provider(), missing: gone}
+        faults = claude_lb.from_providers(providers(entry)).faults
+        assert f"providers[0]: {missing} is missing" in faults
+
+    @pytest.mark.parametrize(
+        "url", ["http://a.example", "http://a.example:8080/v1", "http://192.0.2.1"]
+    )
+    def test_http_beyond_this_machine_is_allowed_aloud(self, url: str) -> None:
+        result = translated(providers(provider(base_url=url)))
+        assert result.raw["endpoints"][0]["allowHttp"] is True
+        assert said(result, "providers[0]", "in the clear")
+
+    @pytest.mark.parametrize(
+        "url",
+        ["https://a.example", "http://127.0.0.1:9", "http://localhost", "http://["],
+    )
+    def test_other_urls_are_not(self, url: str) -> None:
+        (endpoint,) = translated(providers(provider(base_url=url))).raw["endpoints"]
+        assert "allowHttp" not in endpoint
+
+    def test_a_name_beyond_ascii_becomes_a_plain_one(self) -> None:
+        file = providers(provider(name="官方"))
+        file["model_routes"] = {"*": [{"provider": "官方", "model": "m"}]}
+        result = translated(file)
+        assert result.raw["endpoints"][0]["name"] == "provider-1"
+        assert result.raw["routes"]["*"][0]["endpoint"] == "provider-1"
+        assert said(result, "providers[0].name", "provider-1")
+
+    def test_of_one_name_the_first_enabled_counts(self) -> None:
+        result = translated(
+            providers(
+                provider(enabled=False),
+                provider(base_url="https://b.example"),
+                provider(base_url="https://c.example"),
+            )
+        )
+        (endpoint,) = result.raw["endpoints"]
+        assert endpoint["baseURL"] == "https://b.example"
+        assert said(result, "providers[2]", "left out")
+
+    def test_each_enabled_one_may_be_tried(self) -> None:
+        off = provider(name="off", enabled=False)
+        file = providers(off, *(provider(name=f"n{i}") for i in range(7)))
+        assert translated(file).raw["failover"]["attempts"] == 7
+
+    def test_no_providers_is_a_fault(self) -> None:
+        assert claude_lb.from_providers({}).faults == (
+            "the file: providers is missing",
+        )
+
+
+class TestForeignRoutes:
+    def routed(self, pattern: str) -> claude_lb.Translation:
+        return translated(
+            providers(model_routes={pattern: [{"provider": "a", "model": "m"}]})
+        )
+
+    @pytest.mark.parametrize("pattern", ["*", "*sonnet*", "claude-3.5-x", "*a*b-c*"])
+    def test_patterns_that_match_the_same(self, pattern: str) -> None:
+        assert not said(self.routed(pattern), "longer names")
+
+    @pytest.mark.parametrize("pattern", ["claude-*", "*haiku", "a*b", "*3.5*"])
+    def test_patterns_that_match_otherwise(self, pattern: str) -> None:
+        assert said(self.routed(pattern), f"model_routes.{pattern}:", "longer names")
+
+    def test_keep_the_order_of_the_file(self) -> None:
+        option = {"provider": "a", "model": "m", "priority": 1}
+        file = providers(model_routes={n: [option] for n in ("z", "*b*", "a")})
+        assert list(translated(file).raw["routes"]) == ["z", "*b*", "a"]
+
+    def test_a_disabled_option_stays_disabled(self) -> None:
+        option = {"provider": "a", "model": "m", "priority": 1, "enabled": False}
+        raw = translated(providers(model_routes={"x": [option]})).raw
+        assert raw["routes"]["x"][0]["enabled"] is False
+
+    def test_a_disabled_provider_is_skipped_aloud(self) -> None:
+        file = providers(provider(), provider(name="b", enabled=False))
+        options = [{"provider": n, "model": "m"} for n in ("b", "a")]
+        result = translated({**file, "model_routes": {"x": options}})
+        assert [o["endpoint"] for o in result.raw["routes"]["x"]] == ["a"]
+        assert said(result, "model_routes.x[0]", "disabled")
+
+    def test_an_unknown_provider_is_a_fault(self) -> None:
+        file = providers(provider(name="anthropic"))
+        file["model_routes"] = {"x": [{"provider": "antropic", "model": "m"}]}
+        assert claude_lb.from_providers(file).faults == (
+            "model_routes.x[0].provider: no provider of that name"
+            " (did you mean anthropic?)",
+        )
+
+    @pytest.mark.parametrize("missing", ["provider", "model"])
+    def test_tell_what_is_missing(self, missing: str) -> None:
+        option = {"provider": "a", "model": "m"}
+        del option[missing]
+        file = providers(model_routes={"x": [option]})
+        faults = claude_lb.from_providers(file).faults
+        assert faults == (f"model_routes.x[0]: {missing} is missing",)
+
+
+class TestSettings:
+    def test_what_is_not_said_is_as_it_was_there(self) -> None:
+        result = translated(providers())
+        assert result.raw["server"] == {"port": 8080}
+        assert result.raw["balancing"]["strategy"] == "priority"
+        assert result.raw["balancing"]["affinity"] == "last_good"
+        assert result.raw["failover"] == {
+            "attempts": 1,
+            "cooldown": 60,
+            "resendAmbiguous": True,
+        }
+        assert said(result, "server.port = 8080")
+
+    @pytest.mark.parametrize("name", ["priority", "round_robin", "random"])
+    def test_strategies(self, name: str) -> None:
+        result = settings(selection_strategy=name)
+        assert result.raw["balancing"]["strategy"] == name
+        assert said(result, "best three") == (name == "random")
+
+    def test_says_that_more_fails_over_here(self) -> None:
+        assert said(translated(providers()), "401, 403, 429, 529 and 5xx")
+
+    @pytest.mark.parametrize(
+        ("theirs", "ours"),
+        [
+            ("DEBUG", "debug"),
+            ("INFO", "info"),
+            ("WARNING", "warn"),
+            ("ERROR", "error"),
+            ("CRITICAL", "error"),
+        ],
+    )
+    def test_levels(self, theirs: str, ours: str) -> None:
+        assert settings(log_level=theirs).raw["log"]["level"] == ours
+
+    @pytest.mark.parametrize(("theirs", "ours"), [(True, "auto"), (False, "off")])
+    def test_color(self, theirs: bool, ours: str) -> None:
+        assert settings(log_color=theirs).raw["log"]["color"] == ours
+
+    @pytest.mark.parametrize(
+        ("name", "status"),
+        [
+            ("rate_limit_exceeded", "429"),
+            ("too_many_requests", "429"),
+            ("internal_server_error", "500"),
+            ("bad_gateway", "502"),
+            ("service_unavailable", "503"),
+            ("gateway_timeout", "504"),
+        ],
+    )
+    def test_error_names_that_are_statuses(self, name: str, status: str) -> None:
+        failover = settings(failover_error_types=[name]).raw["failover"]
+        assert failover["statuses"] == {status: "failover"}
+        assert failover["resendAmbiguous"] is True
+
+    @pytest.mark.parametrize("name", ["overloaded_error", "invalid_request_error"])
+    def test_error_names_of_the_api(self, name: str) -> None:
+        failover = settings(failover_error_types=[name]).raw["failover"]
+        assert failover["errorTypes"] == {name: "failover"}
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("connection_error", "always"),
+            ("ssl_error", "always"),
+            ("read_timeout", "failover.resendAmbiguous = true"),
+            ("timeout_error", "failover.resendAmbiguous = true"),
+            ("unknown_error", "messages are not searched"),
+            ("没有可用token", "messages are not searched"),
+        ],
+    )
+    def test_error_names_without_a_row_of_their_own(
+        self, name: str, words: str
+    ) -> None:
+        result = settings(failover_error_types=[name])
+        assert "errorTypes" not in result.raw["failover"]
+        assert said(result, "settings.failover_error_types[0]", words)
+
+    def test_empty_lists_say_nothing(self) -> None:
+        raw = settings(failover_error_types=[], failover_http_codes=[]).raw
+        assert "statuses" not in raw["failover"]
+
+    def test_a_switched_off_key_is_not_taken(self) -> None:
+        for auth in ({"api_key": SECRET}, {"api_key": SECRET, "enabled": False}):
+            result = settings(auth=auth)
+            assert "clientKeys" not in result.raw["server"]
+            assert said(result, "settings.auth.api_key", "if auth.enabled")
+
+    def test_a_lock_without_a_key_does_not_open_the_door(self) -> None:
+        file = providers(settings={"auth": {"enabled": True, "api_key": ""}})
+        faults = claude_lb.from_providers(file).faults
+        assert faults == ("settings.auth: api_key is missing",)
+
+    def test_deduplication_can_be_off(self) -> None:
+        raw = settings(deduplication={"enabled": False}).raw
+        assert raw["balancing"]["dedupe"] is False
+
+    def test_the_longest_of_several_limits_counts(self) -> None:
+        limits = {"streaming": {"read_timeout": 20}}
+        raw = settings(request_timeout=50, timeouts=limits).raw
+        assert raw["timeouts"] == {"firstByte": 50, "idle": 20}
+
+    def test_null_is_as_if_not_given(self) -> None:
+        given = {"settings": None, "model_routes": None}
+        assert translated(providers(**given)) == translated(providers())
+
+
+class TestGroups:
+    def test_a_token_in_the_file(self) -> None:
+        file = groups()
+        group = file["groups"][0]
+        group["auth_token"] = group.pop("auth_token_env")
+        (made,) = translated({"endpoint_groups": [group]}).raw["groups"]
+        assert made["authToken"] == "TOKEN_G"
+        assert made["authType"] == "auth_token"
+
+    @pytest.mark.parametrize("missing", ["name", "auth_token_env", "endpoints"])
+    def test_tell_what_is_missing(self, missing: str) -> None:
+        file = groups()
+        del file["groups"][0][missing]
+        faults = claude_lb.from_groups_file(file).faults
+        assert faults == (f"groups[0]: {missing} is missing",)
+
+    @pytest.mark.parametrize("missing", ["name", "url"])
+    def test_tell_what_an_endpoint_misses(self, missing: str) -> None:
+        file = groups()
+        del file["groups"][0]["endpoints"][0][missing]
+        faults = claude_lb.from_groups_file(file).faults
+        assert faults == (f"groups[0].endpoints[0]: {missing} is missing",)
+
+    def test_an_empty_group_is_a_fault(self) -> None:
+        file = groups()
+        file["groups"][0]["endpoints"] = []
+        faults = claude_lb.from_groups_file(file).faults
+        assert faults == ("groups[0]: endpoints is missing",)
+
+    @pytest.mark.parametrize("given", [{}, {"groups": []}, {"health_check": {}}])
+    def test_no_groups_is_a_fault(self, given: dict[str, Any]) -> None:
+        faults = claude_lb.from_groups_file(given).faults
+        assert faults == ("the file: groups is missing",)
+
+    def test_http_and_names_as_they_could_be(self) -> None:
+        file = groups()
+        file["groups"][0]["endpoints"] = [{"name": "美国", "url": "http://e.example"}]
+        result = translated(file)
+        (endpoint,) = result.raw["groups"][0]["endpoints"]
+        assert endpoint == {
+            "name": "group-1-1",
+            "baseURL": "http://e.example",
+            "allowHttp": True,
+        }
+        assert said(result, "groups[0].endpoints[0]", "in the clear")
+
+    def test_what_is_not_said_is_as_it_was_there(self) -> None:
+        raw = translated(groups(server={})).raw
+        assert raw["server"] == {"host": "127.0.0.1", "port": 8080}
+        assert raw["balancing"] == {"strategy": "fastest", "switchThresholdMs": 50}
+        assert raw["failover"] == {"attempts": 1, "resendAmbiguous": True}
+
+    @pytest.mark.parametrize(
+        ("given", "retries"),
+        [
+            ({}, 2),
+            ({"max_attempts": 1}, 0),
+            ({"max_attempts": 0}, 0),
+            ({"max_attempts": 11}, 10),
+            ({"enabled": False, "max_attempts": 5}, 0),
+        ],
+    )
+    def test_retries(self, given: dict[str, Any], retries: int) -> None:
+        failover = translated(groups(retry=given)).raw["failover"]
+        assert failover["retries"] == retries
+        assert failover["retryDelayMs"] == 1000
+        assert failover["retryBackoff"] == 2.0
+
+    def test_more_retries_than_we_do_are_cut_aloud(self) -> None:
+        result = translated(groups(retry={"max_attempts": 12}))
+        assert result.raw["failover"]["retries"] == 10
+        assert said(result, "retry.max_attempts", "10")
+
+    @pytest.mark.parametrize(
+        ("theirs", "ours"), [("trace", "debug"), ("warn", "warn"), ("error", "error")]
+    )
+    @pytest.mark.parametrize("key", ["output_level", "level"])
+    def test_levels(self, key: str, theirs: str, ours: str) -> None:
+        raw = translated(groups(logging={key: theirs})).raw
+        assert raw["log"]["level"] == ours
+
+    @pytest.mark.parametrize(
+        ("detail", "shown"),
+        [("basic", False), ("standard", False), ("detailed", True), ("debug", True)],
+    )
+    def test_detail(self, detail: str, shown: bool) -> None:
+        raw = translated(groups(logging={"proxy_detail": detail})).raw
+        assert raw["log"] == {"lifecycle": shown}
+
+    def test_the_log_file_needs_its_switch(self) -> None:
+        off = translated(groups(logging={"file_path": "x.log"}))
+        on = translated(groups(logging={"file_enabled": True}))
+        assert "log" not in off.raw
+        assert said(off, "logging.file_path", "if file_enabled")
+        assert on.raw["log"] == {"file": "logs/claude-zephyr.log"}
+
+    def test_health_waits_for_its_section(self) -> None:
+        result = translated(GROUPS_1)
+        assert "health" not in result.raw
+        assert said(result, "health_check.interval_seconds", "not in this version")
+        assert said(result, "graceful_switch_timeout_ms", "not in this version")
+
+    def test_health_once_there_is_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(claude_lb, "HEALTH_SECTION", True)
+        assert translated(GROUPS_1).raw["health"] == {
+            "method": "cli",
+            "intervalSeconds": 120,
+            "timeoutSeconds": 15,
+            "claudeBinaryPath": "/path/to/claude/binary",
+            "gracefulSwitchTimeoutMs": 30000,
+        }
+        assert "health" not in translated(groups()).raw
+
+    def test_a_threshold_in_the_wrong_place_is_named(self) -> None:
+        result = translated(GROUPS_2)
+        assert result.raw["balancing"]["switchThresholdMs"] == 50
+        assert said(result, "health_check.switch_threshold_ms", "[server]")
+
+
+class TestFaults:
+    @pytest.mark.parametrize(
+        ("file", "fault"),
+        [
+            ({"seting": {}}, "seting: unknown key"),
+            (
+                {"settings": {"failure_coldown": 1}},
+                "settings.failure_coldown: unknown key"
+                " (did you mean failure_cooldown?)",
+            ),
+            (
+                {"settings": {"timeouts": {"streaming": {"read_timout": 1}}}},
+                "settings.timeouts.streaming.read_timout: unknown key"
+                " (did you mean read_timeout?)",
+            ),
+            ({"settings": []}, "settings: expected an object"),
+            ({"settings": {"timeouts": 3}}, "settings.timeouts: expected an object"),
+            ({"settings": {"port": "80"}}, "settings.port: expected a whole number"),
+            ({"settings": {"port": True}}, "settings.port: expected a whole number"),
+            (
+                {"settings": {"failure_cooldown": math.nan}},
+                "settings.failure_cooldown: expected a number",
+            ),
+            (
+                {"settings": {"selection_strategy": "prioritys"}},
+                "settings.selection_strategy: expected one of priority, round_robin,"
+                " random (did you mean priority?)",
+            ),
+            (
+                {"settings": {"failover_http_codes": [429, "500"]}},
+                "settings.failover_http_codes[1]: expected a status from 400 to 599",
+            ),
+            (
+                {"settings": {"failover_error_types": [1]}},
+                "settings.failover_error_types[0]: expected a text",
+            ),
+            ({"model_routes": []}, "model_routes: expected an object"),
+            ({"model_routes": {"x": {}}}, "model_routes.x: expected a list"),
+            ({"model_routes": {"x": [1]}}, "model_routes.x[0]: expected an object"),
+        ],
+    )
+    def test_of_a_providers_file(self, file: dict[str, Any], fault: str) -> None:
+        (found,) = claude_lb.from_providers(providers(**file)).faults
+        assert found.startswith(fault)
+
+    @pytest.mark.parametrize(
+        ("entry", "fault"),
+        [
+            ("text", "providers[0]: expected an object"),
+            (provider(auth_value=[SECRET]), "providers[0].auth_value: expected a text"),
+            (provider(auth_value=17), "providers[0].auth_value: expected a text"),
+            (
+                provider(auth_vaule=SECRET),
+                "providers[0].auth_vaule: unknown key (did you mean auth_value?)",
+            ),
+            (
+                provider(auth_type="apikey"),
+                "providers[0].auth_type: expected one of api_key, auth_token,"
+                " passthrough, oauth (did you mean api_key?)",
+            ),
+        ],
+    )
+    def test_of_a_provider(self, entry: Any, fault: str) -> None:
+        assert claude_lb.from_providers({"providers": [entry]}).faults == (fault,)
+
+    @pytest.mark.parametrize(
+        ("file", "fault"),
+        [
+            ({"helth_check": {}}, "helth_check: unknown key (did you mean"),
+            (
+                {"health_check": {"intervall_seconds": 1}},
+                "health_check.intervall_seconds: unknown key (did you mean",
+            ),
+            ({"server": {"port": "80"}}, "server.port: expected a whole number"),
+            ({"groups": {}}, "groups: expected a list"),
+            ({"groups": ["g"]}, "groups[0]: expected an object"),
+            (
+                {"logging": {"output_level": "inf"}},
+                "logging.output_level: expected one of",
+            ),
+        ],
+    )
+    def test_of_a_groups_file(self, file: dict[str, Any], fault: str) -> None:
+        (found,) = claude_lb.from_groups_file(groups(**file)).faults
+        assert found.startswith(fault)
+
+
+WEIRD: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    2.5,
+    math.nan,
+    math.inf,
+    10**400,
+    "",
+    " ",
+    "a.b[0]",
+    "\ud800",
+    [],
+    [[]],
+    [None],
+    [{}],
+    {},
+    {"": {"": None}},
+    {"_": 1},
+]
+
+
+def mutants(document: Any) -> Iterator[Any]:
+    """Yield the document with each value in turn replaced by each weird one."""
+    yield from WEIRD
+    if isinstance(document, dict):
+        for key, value in document.items():
+            yield {k: v for k, v in document.items() if k != key}
+            yield {**document, f"{key}x": value}
+            for inner in mutants(value):
+                yield {**document, key: inner}
+    if isinstance(document, list):
+        for index, value in enumerate(document):
+            yield [*document, value]
+            for inner in mutants(value):
+                yield [*document[:index], inner, *document[index + 1 :]]
+
+
+def any_document(chance: random.Random, names: list[str], depth: int) -> Any:
+    """Return a random document whose keys are often those that readers know."""
+    if depth == 0 or chance.random() < 0.2:
+        return chance.choice(WEIRD)
+    size = chance.randrange(4)
+    inner = [any_document(chance, names, depth - 1) for _ in range(size)]
+    if chance.random() < 0.3:
+        return inner
+    return {chance.choice(names): value for value in inner}
+
+
+class TestAnyDocument:
+    def check(self, read: Reader, raw: Any) -> None:
+        result = read(raw)
+        json.dumps(result.raw)
+        said = [*result.notes, *result.faults]
+        assert not any("SECRET" in line for line in said)
+        if not result.faults:
+            assert_ours(result.raw)
+
+    @pytest.mark.parametrize(("read", "file"), EXAMPLES)
+    def test_an_example_with_one_thing_wrong(
+        self, read: Reader, file: dict[str, Any]
+    ) -> None:
+        for raw in mutants(file):
+            self.check(read, raw)
+            assert claude_lb.foreign_kind(raw) in ("", "providers", "zephyr")
+
+    def test_nonsense(self) -> None:
+        chance = random.Random(3141)
+        dotted = [*claude_lb._PROVIDERS_FILE, *claude_lb._GROUPS_FILE]
+        names = [part for name in dotted for part in name.split(".")]
+        names += [
+            *claude_lb._PROVIDER,
+            *claude_lb._ROUTE,
+            *claude_lb._GROUP,
+            "*",
+            "a.b",
+        ]
+        for _ in range(1500):
+            raw = any_document(chance, names, 5)
+            self.check(claude_lb.from_providers, raw)
+            self.check(claude_lb.from_groups_file, raw)
+            assert claude_lb.foreign_kind(raw) in ("", "providers", "zephyr")
+
+
+class TestTables:
+    def test_rules_are_of_known_kinds(self) -> None:
+        tables = [
+            claude_lb._PROVIDER,
+            claude_lb._ROUTE,
+            claude_lb._PROVIDERS_FILE,
+            claude_lb._ERRORS,
+            claude_lb._GROUP,
+            claude_lb._MEMBER,
+            claude_lb._GROUPS_FILE,
+        ]
+        for name, rule in (i for t in tables for i in claude_lb._settings(t).items()):
+            assert (rule.wants in claude_lb._WANTS) != (
+                rule.wants in claude_lb._CHOICES
+            )
+            assert rule.into or rule.note, name
+
+    def test_a_name_is_a_setting_or_a_section_never_both(self) -> None:
+        for table in (claude_lb._PROVIDERS_FILE, claude_lb._GROUPS_FILE):
+            names = claude_lb._settings(table)
+            for name in names:
+                assert not any(other.startswith(f"{name}.") for other in names)
+
+    def test_whatever_a_setting_becomes_is_ours(self) -> None:
+        for table in (claude_lb._PROVIDERS_FILE, claude_lb._GROUPS_FILE):
+            for rule in claude_lb._settings(table).values():
+                for into in filter(None, rule.into.split("+")):
+                    section, key = into.split(".")
+                    assert section == "_" or key in FOREIGN_SECTIONS[section]
+
+
+class TestText:
+    def test_toml(self) -> None:
+        pytest.importorskip("tomllib")
+        raw = claude_lb.load_toml(
+            '[server]\nport = 8080\n[[groups]]\nname = "g"\nauth_token_env = "T"\n'
+            'endpoints = [{ url = "https://e.example", name = "e" }]\n'
+        )
+        assert claude_lb.foreign_kind(raw) == "zephyr"
+        assert translated(raw).raw["groups"][0]["endpoints"][0]["name"] == "e"
+
+    def test_toml_dates_are_faults(self) -> None:
+        pytest.importorskip("tomllib")
+        raw = claude_lb.load_toml("[server]\nport = 1979-05-27\n[health_check]\n")
+        assert claude_lb.from_groups_file(raw).faults == (
+            "server.port: expected a whole number",
+        )
+
+    def test_bad_toml_is_a_value_error(self) -> None:
+        pytest.importorskip("tomllib")
+        with pytest.raises(ValueError, match="declaration"):
+            claude_lb.load_toml("[server")
+
+    def test_a_python_without_toml_says_so(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "tomllib", None)
+        with pytest.raises(ValueError, match=r"needs Python 3\.11 or newer"):
+            claude_lb.load_toml("")
+
+    @pytest.mark.parametrize(
+        ("path", "target"),
+        [("providers.yaml", "providers.json"), ("my config/c.YML", "my config/c.json")],
+    )
+    def test_yaml_gets_a_command(self, path: str, target: str) -> None:
+        command = claude_lb.yaml_hint(path).split(": ", 1)[1]
+        python, dash_c, code, *files = shlex.split(command)
+        assert (python, dash_c, files) == ("python3", "-c", [path, target])
+        compile(code, "hint", "exec")
+
+
+# ============================================================================
+# SELFTEST
+# ============================================================================
+
+
+def try_faults(*names: str) -> list[str]:
+    return claude_lb.run_selftest(lambda _: None, names)
+
+
+def broken_table(name: str, verdict: claude_lb.Verdict) -> tuple[claude_lb.Rule, ...]:
+    """Return the table with another verdict in one row."""
+    return tuple(
+        r._replace(verdict=verdict) if r.name == name else r for r in claude_lb.RULES
+    )
+
+
+class TestSelftest:
+    def test_all_is_well(self) -> None:
+        lines: list[str] = []
+        assert claude_lb.run_selftest(lines.append) == []
+        assert "MISS" not in "\n".join(lines)
+        assert " 0 misses, " in lines[-1]
+
+    def test_every_phase_has_faults(self) -> None:
+        assert {f.phase for f in claude_lb.FAULTS} == set(claude_lb.Phase)
+
+    def test_names_are_unique_in_their_phase(self) -> None:
+        names = [(f.phase, f.name) for f in claude_lb.FAULTS]
+        assert len(set(names)) == len(names)
+
+    def test_code_says_how_it_went(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for misses, code in (([], 0), (["one"], 1)):
+            monkeypatch.setattr(claude_lb, "run_selftest", lambda _, m=misses: m)
+            assert claude_lb.cmd_selftest() == code
+
+
+class TestWhatItFinds:
+    def test_error_relayed_though_the_table_fails_over(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        relay = claude_lb.Verdict.RELAY
+        monkeypatch.setattr(claude_lb.Course, "step", lambda *_: relay)
+        misses = try_faults("500")
+        assert any("status 500, expected 200" in m for m in misses)
+        assert any("attempts (1, 0, 0), expected (1, 1, 0)" in m for m in misses)
+
+    def test_table_that_pays_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        rules = broken_table("lost", claude_lb.Verdict.ANOTHER)
+        monkeypatch.setattr(claude_lb, "RULES", rules)
+        misses = try_faults("closes in the head")
+        assert any("resend off" in m and "served 2 times" in m for m in misses)
+        assert any("resend off" in m and "served 3 times" in m for m in misses)
+
+    def test_proxy_that_pays_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def always(rule: claude_lb.Rule, chances: claude_lb.Chances) -> object:
+            return selftest_next(rule, chances._replace(resend=True))
+
+        selftest_next = claude_lb.next_step
+        expecting = claude_lb.expected
+        want = {c: expecting(c) for c in claude_lb.cells(["closes in the head"])}
+        monkeypatch.setattr(claude_lb, "expected", want.__getitem__)
+        monkeypatch.setattr(claude_lb, "next_step", always)
+        misses = try_faults("closes in the head")
+        assert any("served 2 times, the table says 1" in m for m in misses)
+
+    def test_cooldown_that_is_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        settle = claude_lb.Pool.settle
+
+        def forget(
+            pool: claude_lb.Pool, lease: claude_lb.Lease, _: object, *more: object
+        ) -> object:
+            return settle(pool, lease, None, *more)
+
+        monkeypatch.setattr(claude_lb.Pool, "settle", forget)
+        misses = try_faults("401")
+        assert any("cooldowns ((), (), ()), expected" in m for m in misses)
+
+    def test_cut_that_looks_like_a_good_end(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb.SseWatch, "complete", lambda _: True)
+        misses = try_faults("ends without message_stop")
+        assert any("whole True, expected False" in m for m in misses)
+
+    def test_hang(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(claude_lb, "_HANG_S", 0.5)
+        monkeypatch.setattr(claude_lb.Exchange, "_give_up", lambda *_: None)
+        assert any("it hangs" in m for m in try_faults("402"))
+
+    def test_leak(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        kept: list[int] = []
+        start = claude_lb.Exchange.start
+
+        def leak(exchange: claude_lb.Exchange) -> None:
+            kept.append(os.open(os.devnull, os.O_RDONLY))
+            start(exchange)
+
+        monkeypatch.setattr(claude_lb, "_SETTLE_S", 0.2)
+        monkeypatch.setattr(claude_lb.Exchange, "start", leak)
+        try:
+            assert any("descriptors" in m for m in try_faults("a message"))
+        finally:
+            for descriptor in kept:
+                os.close(descriptor)
+
+    def test_row_without_a_fault(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lonely = claude_lb.RULES[0]._replace(name="lonely")
+        monkeypatch.setattr(claude_lb, "RULES", (*claude_lb.RULES, lonely))
+        assert claude_lb._untried_rows() == ["row lonely: no fault tries it"]
