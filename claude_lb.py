@@ -7154,6 +7154,18 @@ class _Ledger:
         if not self._client.may_read_ahead():
             self._services.relay.watch(self._client, 0, self.on_client)
 
+    def _follow(self, endpoint: Endpoint) -> None:
+        """Take note that somebody else's answer begins."""
+        self._services.relay.leave(self)
+        self._course.tried.append(endpoint)
+        self._first_byte_s = time.monotonic()
+        self._follows = None
+        self._let_body_go()
+
+    def _followed(self, ending: Ending) -> None:
+        self._services.relay.leave(self)
+        self._end(ending.status, ending.outcome, ending.reason, ending.sent_bytes)
+
     def sweep(self, now: float) -> None:
         """See Moving: connecting has limits of its own, a pause is short."""
         if self._client.is_gone():
@@ -7299,24 +7311,12 @@ class Exchange(_Ledger):
             self._watch_client()
             share.join(following)
 
-    def _follow(self, endpoint: Endpoint) -> None:
-        """Take note that somebody else's answer begins."""
-        self._services.relay.leave(self)
-        self._course.tried.append(endpoint)
-        self._first_byte_s = time.monotonic()
-        self._follows = None
-        self._let_body_go()
-
     @_guarded
     def _alone(self) -> None:
         """Begin as if nobody else had asked: who did has gone."""
         self._services.relay.leave(self)
         self._follows = None
         self._share_or_begin()
-
-    def _followed(self, ending: Ending) -> None:
-        self._services.relay.leave(self)
-        self._end(ending.status, ending.outcome, ending.reason, ending.sent_bytes)
 
     # -- attempts ------------------------------------------------------------
 
@@ -9310,7 +9310,7 @@ class Cell(NamedTuple):
         return f"{where}: {shape}, resend {resend}, at {self.faulty} of {_TRIED}"
 
 
-def cells(names: Sequence[str] = ()) -> Iterator[Cell]:
+def all_cells(names: Sequence[str] = ()) -> Iterator[Cell]:
     """Yield every cell, or those of the faults with these names."""
     for fault in FAULTS:
         counts = (1,) if fault.kept or fault.finding is None else (1, _TRIED)
@@ -9339,7 +9339,7 @@ class Result(NamedTuple):
     under_way: int = 0
 
 
-def expected(cell: Cell) -> Result:
+def foreseen(cell: Cell) -> Result:
     """Follow the table through the attempts of a cell."""
     fault, index, served, step = cell.fault, 0, 0, Verdict.ANOTHER
     used, retries = [0] * _TRIED, _TRIED_BY.retries
@@ -9536,7 +9536,7 @@ class Trial:
     """A cell that is tried on a proxy of its own."""
 
     def __init__(self, cell: Cell, number: int) -> None:
-        self.cell, self.number, self.want = cell, number, expected(cell)
+        self.cell, self.number, self.want = cell, number, foreseen(cell)
         self.faults: list[str] = []
 
     def run(self, upstream: ScriptedUpstream, workers: Workers, log: Log) -> None:
@@ -9608,7 +9608,7 @@ def run_selftest(report: Callable[[str], None], names: Sequence[str] = ()) -> li
 
     `report` gets the lines of the matrix.
     """
-    since, todo = time.monotonic(), tuple(cells(names))
+    since, todo = time.monotonic(), tuple(all_cells(names))
     trials = [Trial(cell, number) for number, cell in enumerate(todo)]
     with ScriptedUpstream(todo) as upstream, upstream.deaf:
         misses = _run_all(trials, upstream)
@@ -9646,11 +9646,6 @@ def matrix_lines(trials: Sequence[Trial]) -> Iterator[str]:
         if mine:
             cells_of = (fault.phase.value, fault.name, *row, *marks)
             yield form.format(*cells_of).rstrip()
-
-
-def cmd_selftest() -> int:
-    """Try the decision table on scripted upstreams; 1 if anything goes wrong."""
-    return 1 if run_selftest(print) else 0
 
 
 # ============================================================================
@@ -9753,6 +9748,11 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         "selftest",
         help="try every row of the table with scripted upstreams (no key needed)",
     )
+
+
+def cmd_selftest() -> int:
+    """Try the decision table on scripted upstreams; 1 if anything goes wrong."""
+    return 1 if run_selftest(print) else 0
 
 
 def cmd_explain(arguments: argparse.Namespace) -> int:

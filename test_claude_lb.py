@@ -11860,8 +11860,8 @@ class TestWhatItFinds:
             return selftest_next(rule, chances._replace(resend=True))
 
         selftest_next = claude_lb.next_step
-        expecting = claude_lb.expected
-        want = {c: expecting(c) for c in claude_lb.cells(["closes in the head"])}
+        expecting = claude_lb.foreseen
+        want = {c: expecting(c) for c in claude_lb.all_cells(["closes in the head"])}
         monkeypatch.setattr(claude_lb, "expected", want.__getitem__)
         monkeypatch.setattr(claude_lb, "next_step", always)
         misses = try_faults("closes in the head")
