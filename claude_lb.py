@@ -163,6 +163,7 @@ KEEP_ALIVE_S = 75.0  # an idle client; nginx's default
 CLOSE_S = 1.0  # unread request bytes are drained so long before a close
 TLS_S = 10.0
 SECOND_FAMILY_S = 0.25  # RFC 8305 section 5: the next address after 250 ms
+ADDRESSES_S = 3600.0  # a host's last good addresses, while its name is not found
 POOL_IDLE_S = 30.0  # api.anthropic.com's edge closes at 400 s; others sooner
 POOL_AGE_S = 600.0
 PING_S = 15.0  # Claude Code's screen says "waiting" after 20 s of silence
@@ -187,6 +188,7 @@ REPEATS = 1000
 FIRST_MESSAGES = 4  # among these is the first one of the user's
 RAMP_MOST = 16  # attempts at once after a cooldown: 1, 2, 4 ... then no limit
 LIMITS_S = 300.0  # what an answer said of its limits is too old to go by
+HISTORY = 20  # late attempts whose times are kept
 LATENCY_SHARE = 0.2  # of the newest sample in an endpoint's average
 CONVERSATIONS = 10_000
 PLANS = 256  # models whose endpoints are kept looked up
@@ -719,6 +721,8 @@ class EndpointSnapshot:
     #: Seconds since the last evidence and the last failure; infinite: never.
     seen_s: float
     failed_s: float
+    #: (seconds ago, ms to the first byte or None, why it failed) of late attempts.
+    history: tuple[tuple[float, float | None, str], ...]
     #: Limit fields of the last answer that had some.
     limits: Mapping[str, str]
 
@@ -3113,6 +3117,7 @@ class SseWatch:
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _EVENT_NAME = re.compile(rb"(?:^|[\r\n])event: ?([a-z_]+)")
 _EVENT_DATA = re.compile(rb"(?:^|[\r\n])data: ?([^\r\n]*)")
+_DATA_TYPE = re.compile(rb'\{\s*"type"\s*:\s*"([a-z_]+)"')
 _BEFORE_CONTENT = (b"message_start", b"ping")
 
 
@@ -3140,10 +3145,13 @@ class SseGate:
         return True
 
     def _judge(self, event: bytes) -> None:
-        name, data = _EVENT_NAME.search(event), _EVENT_DATA.search(event)
+        found = _EVENT_DATA.search(event)
+        data = found[1] if found is not None else b""
+        # A server that names no events says in the data what it is
+        name = _EVENT_NAME.search(event) or _DATA_TYPE.match(data)
         if name is not None and name[1] == b"error":
-            self.error = data[1] if data is not None and data[1] else b"{}"
-        elif data is not None and (name is None or name[1] not in _BEFORE_CONTENT):
+            self.error = data or b"{}"
+        elif found is not None and (name is None or name[1] not in _BEFORE_CONTENT):
             self.content = True
 
 
@@ -4067,6 +4075,7 @@ class Live:
         "failed",
         "failed_at",
         "headroom",
+        "history",
         "in_flight",
         "index",
         "latency_ms",
@@ -4089,6 +4098,9 @@ class Live:
         self.used_at = self.saved = 0.0
         #: Monotonic: of the last evidence, and of the last failure.
         self.seen_at = self.failed_at = -math.inf
+        #: (monotonic, ms to the first byte or None, why it failed) of late attempts.
+        self.history: collections.deque[tuple[float, float | None, str]]
+        self.history = collections.deque(maxlen=HISTORY)
         self.paused = False
         self.forget()
 
@@ -4107,8 +4119,9 @@ class Live:
         self.limits, self.limits_at = limits, now
         self.headroom = headroom_of(limits)
 
-    def felt(self, first_byte_ms: float) -> None:
+    def felt(self, first_byte_ms: float, now: float) -> None:
         """Take a time to the first byte into the average."""
+        self.history.append((now, first_byte_ms, ""))
         old = self.latency_ms
         share = 1.0 if old is None else LATENCY_SHARE
         self.latency_ms = (old or 0.0) + share * (first_byte_ms - (old or 0.0))
@@ -4213,6 +4226,7 @@ class Live:
             failed=self.failed,
             seen_s=now - self.seen_at,
             failed_s=now - self.failed_at,
+            history=tuple((now - at, ms, why) for at, ms, why in self.history),
             limits=limit_fields(self.limits),
         )
 
@@ -4613,6 +4627,7 @@ class Pool:
                 return self._recover(lease, now)
             live.failed += 1
             live.failed_at = now
+            live.history.append((now, None, evidence.why))
             if lease.ask.lane is not Lane.MESSAGES or not evidence.cools(lease):
                 return ""  # what counts tokens or lists files is a lane of its own
             told = live.cool(lease, evidence, self._config.failover.cooldown_s, now)
@@ -4637,7 +4652,7 @@ class Pool:
             if ask.lane is not Lane.MESSAGES:
                 return ""
             live.succeeded += 1
-            live.felt(first_byte_ms)
+            live.felt(first_byte_ms, now)
             self._memory.succeed(live.endpoint.name, ask, lease.since, now)
             return self._recover(lease, now) if live.troubles else ""
 
@@ -5300,6 +5315,32 @@ def _lookup(host: str, port: int, answers: queue.SimpleQueue[Any]) -> None:
         answers.put(error)
 
 
+class Addresses:
+    """The last good addresses of each host, for while the name server is out."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._good: dict[tuple[str, int], tuple[float, list[_Address]]] = {}
+
+    def of(
+        self, host: str, port: int, until: float, client: ClientConnection | None
+    ) -> list[_Address]:
+        """Return the addresses of `host`, else those of late; raises OSError."""
+        now = self._clock()
+        at, known = self._good.get((host, port), (-math.inf, []))
+        usable = now - at < ADDRESSES_S
+        # One that hangs must leave time to connect by what is known
+        limit = now + (until - now) / 2 if usable else until
+        try:
+            found = resolve(host, port, limit, client)
+        except OSError:
+            if not usable:
+                raise
+            return known
+        self._good[host, port] = now, found
+        return found
+
+
 def resolve(
     host: str, port: int, until: float, client: ClientConnection | None
 ) -> list[_Address]:
@@ -5388,16 +5429,16 @@ def _race(
 
 
 def dial(
-    host: str, port: int, until: float, client: ClientConnection | None
+    addresses: Sequence[_Address], until: float, client: ClientConnection | None
 ) -> socket.socket:
-    """Return a socket connected to `host`; raises OSError.
+    """Return a socket connected to one of `addresses`; raises OSError.
 
     A second address is tried 250 ms after the first, beside it, so that a dead
     family costs no more than that (RFC 8305).
     """
     racing: dict[int, socket.socket] = {}
     try:
-        return _race(resolve(host, port, until, client), racing, until, client)
+        return _race(addresses, racing, until, client)
     finally:
         for sock in racing.values():
             sock.close()
@@ -5407,7 +5448,11 @@ class UpstreamConnection(http.client.HTTPConnection):
     """A connection to one endpoint.  One thread at a time."""
 
     def __init__(
-        self, endpoint: Endpoint, client: ClientConnection | None, until: float
+        self,
+        endpoint: Endpoint,
+        client: ClientConnection | None,
+        until: float,
+        addresses: Addresses,
     ):
         proxy = urllib.parse.urlsplit(endpoint.proxy or "")
         host, port = endpoint.host, endpoint.port
@@ -5431,7 +5476,9 @@ class UpstreamConnection(http.client.HTTPConnection):
         #: (monotonic, epoch) seconds: a sleeping machine stops the first one.
         self.idle_since = (0.0, 0.0)
         # The seam that http.client keeps for whoever dials differently
-        self._create_connection = lambda to, *_: dial(to[0], to[1], until, client)
+        self._create_connection = lambda to, *_: dial(
+            addresses.of(to[0], to[1], until, client), until, client
+        )
 
     def open(
         self, context: ssl.SSLContext | None, client: ClientConnection | None
@@ -5636,6 +5683,7 @@ class Upstreams:
         self._clock = clock
         self._epoch = epoch
         self._closed = False
+        self._addresses = Addresses()
         self._idle: dict[Endpoint, collections.deque[UpstreamConnection]] = {}
         self.configure(config, trust_contexts(config))
 
@@ -5644,7 +5692,7 @@ class Upstreams:
     ) -> UpstreamConnection:
         """Return a connection, from any thread; raises UpstreamError."""
         until = self._clock() + self._timeouts.connect_s
-        connection = UpstreamConnection(endpoint, client, until)
+        connection = UpstreamConnection(endpoint, client, until, self._addresses)
         # An endpoint that was removed meanwhile is not in the contexts any more
         context = self._contexts.get(endpoint.ca_file) if endpoint.secure else None
         if endpoint.secure and context is None:
@@ -7506,6 +7554,7 @@ class Exchange(_Ledger):
         """Do what the table says after an error answer."""
         self._attempt = None
         settings, model = self._services.config.failover, model_name(self._request)
+        self._ask = self._ask._replace(model=model or None)  # it counts from here on
         evidence = evidence_of(answer, body, model, settings)
         rule = evidence.rule
         if not upstream.whole:  # an answer to the upload of a long body: not again
@@ -8016,6 +8065,10 @@ def explain_lines(
 FAILED_LATENCY_MS = 999_999  # what scripts of the latency switcher look for
 
 
+def _moment(ago_s: float, epoch: float) -> str | None:
+    return None if math.isinf(ago_s) else stamp(epoch - ago_s)
+
+
 def status_document(
     snapshot: PoolSnapshot, config: Config, *, port: int, epoch: float
 ) -> dict[str, object]:
@@ -8036,9 +8089,18 @@ def status_document(
             "latency": None if latency is None else round(latency),
             "available": state.state in ("ok", "unknown", "recovering"),
             "error": state.why if failing else None,
-            "last_check": None
-            if math.isinf(state.seen_s)
-            else stamp(epoch - state.seen_s),
+            "last_check": _moment(state.seen_s, epoch),
+            "latency_history": {
+                "measurements": [
+                    {
+                        "timestamp": _moment(ago, epoch),
+                        "latency": ms,
+                        "error": why or None,
+                    }
+                    for ago, ms, why in state.history
+                ],
+                "max_size": HISTORY,
+            },
             **_state_document(state),
         }
     current = list(keyed)[snapshot.next_index]
@@ -8055,6 +8117,7 @@ def status_document(
         "config": {
             "port": port,
             "switch_threshold_ms": config.balancing.switch_threshold_ms,
+            "health_check_interval_seconds": None,  # nothing is probed
         },
     }
 

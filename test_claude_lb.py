@@ -4787,6 +4787,7 @@ class Wire:
 
     def __init__(self, sock: socket.socket, owner: ScriptedUpstream) -> None:
         self.sock, self._owner, self._buffer = sock, owner, b""
+        self._last: Received | None = None
 
     def _fill(self) -> None:
         data = self.sock.recv(262144)
@@ -4825,12 +4826,21 @@ class Wire:
         assert not head.values("transfer-encoding")
         whole = head._replace(body=self.read(int(lengths[0])) if lengths else b"")
         self._owner.receive(whole)
+        self._last = whole
         return whole
+
+    def deny(self) -> None:
+        """Say that nothing was generated for the last request: an honest error."""
+        if self._last is not None:
+            self._owner.receive(self._last, -1)
+            self._last = None
 
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)
 
     def answer(self, status: int, body: bytes = OK_BODY, *fields: str) -> None:
+        if status >= 400 and status not in (504, 520, 524):  # ambiguous, those
+            self.deny()
         lines = list(fields)
         if not any(f.lower().startswith("content-type:") for f in fields):
             lines.append("content-type: application/json")
@@ -4894,12 +4904,16 @@ class ScriptedUpstream:
         self._closed = False
         lab.thread(self._accept)
 
-    def receive(self, request: Received) -> None:
-        """Keep a whole request: from here on it is generated, and paid for."""
-        self.requests.append(request)
+    def receive(self, request: Received, stamps: int = 1) -> None:
+        """Keep a whole request: from here on it is generated, and paid for.
+
+        -1 takes that back.
+        """
+        if stamps > 0:
+            self.requests.append(request)
         found = USER_ID.search(request.body)
         if found and request.target.partition("?")[0].endswith("/v1/messages"):
-            self._lab.generating[found[1]] += 1
+            self._lab.generating[found[1]] += stamps
 
     def _each(self, wire: Wire) -> None:
         while True:
@@ -5290,7 +5304,7 @@ class Lab:
     def check(self) -> None:
         """Assert the ledger invariant and that nothing is left over."""
         assert not self.errors, self.errors
-        assert set(self.generating.values()) <= {1}, "generated twice"
+        assert set(self.generating.values()) <= {0, 1}, "generated twice"
         lines = [line for proxy in self._proxies for line in proxy.lines()]
         rows = [line for line in lines if line["event"] == "exchange"]
         assert len(rows) == self.counted, rows
@@ -11862,7 +11876,7 @@ class TestWhatItFinds:
         selftest_next = claude_lb.next_step
         expecting = claude_lb.foreseen
         want = {c: expecting(c) for c in claude_lb.all_cells(["closes in the head"])}
-        monkeypatch.setattr(claude_lb, "expected", want.__getitem__)
+        monkeypatch.setattr(claude_lb, "foreseen", want.__getitem__)
         monkeypatch.setattr(claude_lb, "next_step", always)
         misses = try_faults("closes in the head")
         assert any("served 2 times, the table says 1" in m for m in misses)
@@ -11911,3 +11925,1185 @@ class TestWhatItFinds:
         lonely = claude_lb.RULES[0]._replace(name="lonely")
         monkeypatch.setattr(claude_lb, "RULES", (*claude_lb.RULES, lonely))
         assert claude_lb._untried_rows() == ["row lonely: no fault tries it"]
+
+
+# ============================================================================
+# FAILOVER OVER SOCKETS
+# ============================================================================
+
+KINDS = {400: "invalid_request_error", 401: "authentication_error"}
+KINDS.update({402: "billing_error", 403: "permission_error", 404: "not_found_error"})
+KINDS.update({429: "rate_limit_error", 529: "overloaded_error"})
+BAD = (500, 502, 503, 521, 522, 523, 525, 526)
+AMBIGUOUS = (504, 520, 524)
+NO_CREDIT = "Your credit balance is too low to access the API"
+CAP = {"error_code": "enforced_spend_limit_reached"}
+OUTSIDE = [
+    {"mcp_servers": [{"type": "url", "url": "https://x.example", "name": "x"}]},
+    {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+    {"tools": [{"type": "code_execution_20250825", "name": "code_execution"}]},
+]
+COUNT_TOKENS = "/v1/messages/count_tokens"
+OVER_SECTIONS = ("balancing", "routes", "server", "timeouts")
+
+
+def error_body(status: int, text: str = "no", **details: object) -> bytes:
+    kind = KINDS.get(status, "api_error")
+    error = {"type": kind, "message": text, "details": details}
+    return json.dumps({"type": "error", "error": error, "request_id": "req_1"}).encode()
+
+
+def says(status: int, body: bytes = b"", *fields: str) -> Answering:
+    """Return what answers each request with an error."""
+    return lambda wire, _: wire.answer(status, body or error_body(status), *fields)
+
+
+def limited(seconds: object) -> Answering:
+    return says(429, error_body(429), f"retry-after: {seconds}")
+
+
+def hangs_up(wire: Wire, _: Received) -> None:
+    raise HungUpError
+
+
+def streams(*events: bytes) -> Answering:
+    return lambda wire, _: wire.stream(*events)
+
+
+def by_turns(turns: Sequence[threading.Event], *first: bytes) -> Answering:
+    """Return what streams `first`, then an event after each turn, then the end."""
+
+    def answering(wire: Wire, _: Received) -> None:
+        wire.stream(*first, end=False)
+        for number, turn in enumerate(turns):
+            assert turn.wait(3 * BOUND_S)
+            wire.send(chunk(delta(number)))
+        wire.send(chunk(STOP) + b"0\r\n\r\n")
+
+    return answering
+
+
+def in_turn(*steps: Answering) -> Answering:
+    """Return what does each step once, and the last one for ever."""
+    left = list(steps)
+
+    def answering(wire: Wire, request: Received) -> None:
+        (left.pop(0) if len(left) > 1 else left[0])(wire, request)
+
+    return answering
+
+
+def over(lab: Lab, *answers: Any, **own: Any) -> Any:
+    """Return a proxy with failover settings `own`, and what it stands over."""
+    ups = [lab.upstream(a) if callable(a) else a for a in answers]
+    sections = {name: own.pop(name) for name in OVER_SECTIONS if name in own}
+    failover = {"retryDelayMs": 1, **own}
+    return (lab.proxy(*ups, failover=failover, **sections), *ups)
+
+
+def states(proxy: Proxy) -> dict[str, claude_lb.EndpointSnapshot]:
+    found = proxy.server.services.pool.snapshot().endpoints
+    return {e.endpoint.name: e for e in found}
+
+
+def rules(proxy: Proxy, name: str = "up0") -> list[str]:
+    """Return the rows of the table that keep attempts from an endpoint."""
+    return [rule for _, rule, _ in states(proxy)[name].cooldowns]
+
+
+def later(proxy: Proxy, seconds: float) -> None:
+    """Let the pool's clock run ahead."""
+    pool = proxy.server.services.pool
+    clock = pool._clock
+    pool._clock = lambda: clock() + seconds
+
+
+def calls(*upstreams: ScriptedUpstream) -> list[int]:
+    return [len(up.requests) for up in upstreams]
+
+
+def served(proxy: Proxy, count: int, *fields: str) -> list[str]:
+    """Return who answers so many messages."""
+    return [served_by(proxy.post(None, *fields)) for _ in range(count)]
+
+
+def served_by(answer: Answer) -> str:
+    assert answer.status == 200, answer
+    return answer.field("x-claude-lb-endpoint")
+
+
+def trail(answer: Answer) -> str:
+    return answer.field("x-claude-lb-attempts")
+
+
+def check_relayed(answer: Answer, status: int, body: bytes = b"") -> None:
+    """An upstream's own error, as it came."""
+    assert (answer.status, answer.body) == (status, body or error_body(status)), answer
+
+
+class TestFailover:
+    @pytest.mark.parametrize(
+        ("status", "text", "details", "fields", "rule"),
+        [
+            (401, "no", {}, (), "credential"),
+            (402, "no", {}, (), "payment"),
+            (403, "no", {}, (), "forbidden"),
+            (403, "reached your specified API usage limits", {}, (), "credit"),
+            (404, "model: claude-test", {}, (), "no-model"),
+            (400, NO_CREDIT, {}, (), "credit"),
+            (429, "no", {}, ("retry-after: 30",), "limited-model"),
+            (429, "no", CAP, (), "spend-cap"),
+            *((status, "no", {}, (), "server-error") for status in BAD),
+        ],
+    )
+    def test_what_another_endpoint_can_mend(
+        self, lab: Lab, status: int, text: str, details: Any, fields: Any, rule: str
+    ) -> None:
+        failing = says(status, error_body(status, text, **details), *fields)
+        proxy, a, b = over(lab, failing, fine)
+        answer = proxy.post()
+        assert (served_by(answer), answer.body) == ("up1", OK_BODY)
+        assert trail(answer) == f"up0 {status}, up1 200"
+        row = proxy.row()
+        assert (row["ended"], row["attempts"], row["endpoint"]) == ("ok", 2, "up1")
+        assert rules(proxy) == [rule]
+        assert [trail(proxy.post()) for _ in "ab"] == ["", ""]
+        assert calls(a, b) == [1, 3]
+
+    @pytest.mark.parametrize("times", [1, 2])
+    def test_529_is_tried_once_more_in_place(self, lab: Lab, times: int) -> None:
+        proxy, a, b = over(lab, in_turn(*[says(529)] * times, fine), fine)
+        tried = ["up0 529, up0 200", "up0 529, up0 529, up1 200"][times - 1]
+        assert trail(proxy.post()) == tried
+        assert calls(a, b) == [2, times - 1]
+        assert rules(proxy) == ["overloaded"][: times - 1]
+
+    @pytest.mark.parametrize("bare", [1, 2])
+    def test_a_bare_429_is_tried_at_one_other(self, lab: Lab, bare: int) -> None:
+        proxy, *ups = over(lab, *[says(429)] * bare, *[fine] * (3 - bare))
+        answer = proxy.post()
+        if bare == 1:
+            assert answer.status == 200
+        else:
+            check_relayed(answer, 429)
+            assert answer.values("retry-after") == []
+        assert calls(*ups) == [1, 1, 0]
+        assert [rules(proxy, name) for name in states(proxy)] == [[], [], []]
+
+    @pytest.mark.parametrize("status", [400, 404, 405, 409, 413, 418, 422])
+    def test_the_clients_own_mistakes_are_relayed(self, lab: Lab, status: int) -> None:
+        body = b'{"type":"error",  "error":{"type":"x","message":"\xe2\x80\xa8"}}\n'
+        proxy, *ups = over(lab, says(status, body, "request-id: req_7"), fine)
+        answer = proxy.post()
+        check_relayed(answer, status, body)
+        assert answer.field("request-id") == "req_7"
+        assert trail(answer) == ""
+        assert (calls(*ups), rules(proxy)) == ([1, 0], [])
+
+    @pytest.mark.parametrize("status", AMBIGUOUS)
+    def test_an_ambiguous_status(self, lab: Lab, status: int) -> None:
+        proxy, *ups = over(lab, says(status), fine)
+        answer = proxy.post()
+        check_relayed(answer, status)
+        assert answer.field("x-should-retry") == "true"
+        assert (calls(*ups), rules(proxy)) == ([1, 0], ["working"])
+        proxy, *_ = over(lab, *ups, resendAmbiguous=True)
+        assert trail(proxy.post()) == f"up0 {status}, up1 200"
+        lab.generating.clear()  # that was asked for
+
+    @pytest.mark.parametrize("outside", OUTSIDE)
+    @pytest.mark.parametrize(
+        ("answering", "status"), [(says(504), 504), (hangs_up, 502)]
+    )
+    def test_what_acts_outside_is_never_sent_again(
+        self, lab: Lab, outside: Any, answering: Answering, status: int
+    ) -> None:
+        proxy, *ups = over(lab, answering, fine, resendAmbiguous=True)
+        assert proxy.post(message(**outside)).status == status
+        assert calls(*ups) == [1, 0]
+
+    @pytest.mark.parametrize("resend", [False, True])
+    @pytest.mark.parametrize("how", ["closed", "reset", "in the head", "silence"])
+    def test_no_answer_at_all(self, lab: Lab, how: str, resend: bool) -> None:
+        def answering(wire: Wire, _: Received) -> None:
+            if how == "in the head":
+                wire.send(b"HTTP/1.1 200 OK\r\ncontent-")
+            if how == "silence":
+                wire.wait_closed()
+            wire.close(reset=how == "reset")
+
+        limits = {"firstByte": 0.2} if how == "silence" else {}
+        own = {"resendAmbiguous": resend, "timeouts": limits}
+        proxy, *ups = over(lab, answering, fine, **own)
+        answer, silent = proxy.post(), how == "silence"
+        assert calls(*ups) == [1, resend]
+        if resend:
+            assert served_by(answer) == "up1"
+            lab.generating.clear()  # that was asked for
+            return
+        own_error(answer, *((408, "timeout_error") if silent else (502, "api_error")))
+        assert answer.field("x-should-retry") == "true"
+        assert rules(proxy) == ["silence" if silent else "lost"]
+
+    @pytest.mark.parametrize("last", [True, False])
+    def test_the_last_upstream_error_is_relayed(self, lab: Lab, last: bool) -> None:
+        body = error_body(503, "of the last")
+        b = says(503, body, "request-id: req_b", "x-should-retry: true")
+        proxy, *_ = over(lab, *([says(500), b] if last else [b, lab.refusing()]))
+        answer = proxy.post()
+        check_relayed(answer, 503, body)
+        assert answer.field("request-id") == "req_b"
+        assert answer.field("x-should-retry") == "true"
+        assert answer.field("x-claude-lb-endpoint") == f"up{last:d}"
+        tried = "up0 500, up1 503" if last else "up0 503, up1 unreachable"
+        assert trail(answer) == tried
+        row = proxy.row()
+        assert (row["ended"], row["attempts"]) == ("upstream_error", 2)
+
+    @pytest.mark.parametrize("pair", [False, True])
+    @pytest.mark.parametrize("how", ["long", "chunked", "to the end", "endless"])
+    def test_error_bodies_of_any_shape(self, lab: Lab, how: str, pair: bool) -> None:
+        data, closed = os.urandom(200_000), lab.gate()
+        framing = {"long": b"content-length: 200000\r\n", "to the end": b""}
+
+        def answering(wire: Wire, _: Received) -> None:
+            wire.deny()
+            start = b"HTTP/1.1 500 No\r\nX-Odd: 1\r\n"
+            start += framing.get(how, b"transfer-encoding: chunked\r\n") + b"\r\n"
+            try:
+                wire.send(start + (data if how in framing else chunk(data)))
+                while how == "endless":
+                    wire.send(chunk(data))
+                wire.send(b"0\r\n\r\n" if how == "chunked" else b"")
+            finally:
+                closed.set()
+            if how == "to the end":
+                raise HungUpError
+
+        proxy, *_ = over(lab, answering, *[fine] * pair)
+        client = proxy.client().post()
+        head, got = client.head(), b""
+        assert head.status == (200 if pair else 500)
+        assert head.field("x-odd") == ("" if pair else "1")
+        while not pair and len(got) < len(data):
+            got += client.more()
+        assert got[: len(data)] == data[: len(got)]
+        if pair or how != "endless":
+            assert client.rest() == (OK_BODY if pair else b"")
+        client.close()
+        assert closed.wait(PROMPT_S)
+
+    @pytest.mark.parametrize("pair", [False, True])
+    def test_an_error_body_that_stalls(self, lab: Lab, pair: bool) -> None:
+        go = lab.gate()
+
+        def answering(wire: Wire, _: Received) -> None:
+            wire.deny()
+            wire.send(b"HTTP/1.1 500 No\r\ncontent-length: 10\r\n\r\n01234")
+            assert go.wait(BOUND_S)
+            wire.send(b"56789")
+
+        client = over(lab, answering, *[fine] * pair)[0].client().post()
+        client.sock.settimeout(PROMPT_S)
+        assert client.head().status == (200 if pair else 500)
+        assert pair or client.until(b"4") == b"01234"
+        go.set()
+        assert client.rest() == (OK_BODY if pair else b"56789")
+
+    def test_the_connection_of_a_whole_error_is_used_again(self, lab: Lab) -> None:
+        wires: list[Wire] = []
+
+        def answering(wire: Wire, _: Received) -> None:
+            wires.append(wire)
+            wire.answer(403, error_body(403))
+
+        proxy, *_ = over(lab, answering, fine)
+        assert proxy.post().status == 200
+        assert proxy.post(None, "x-claude-lb-endpoint: up0").status == 403
+        assert len(wires) == 2
+        assert wires[0] is wires[1]
+
+    def test_an_error_that_closes_speaks_for_itself_alone(self, lab: Lab) -> None:
+        def answering(wire: Wire, request: Received) -> None:
+            says(529, error_body(529), "connection: close")(wire, request)
+            raise HungUpError
+
+        proxy, *ups = over(lab, answering, fine, retryDelayMs=100)
+        assert trail(proxy.post()) == "up0 529, up0 529, up1 200"
+        assert calls(*ups) == [2, 1]
+
+    @pytest.mark.parametrize("coding", ["identity", "gzip"])
+    def test_the_rest_of_an_error_body_is_ignored(self, lab: Lab, coding: str) -> None:
+        asked, sent = lab.gate(), lab.gate()
+
+        def long(wire: Wire, _: Received) -> None:
+            wire.deny()
+            head = f"HTTP/1.1 500 No\r\ncontent-encoding: {coding}\r\n"
+            wire.send(f"{head}content-length: 200000\r\n\r\n".encode() + b"x" * 99_999)
+            assert asked.wait(BOUND_S)
+            wire.send(b"x" * 100_001)
+            sent.set()
+
+        def slow(wire: Wire, _: Received) -> None:
+            asked.set()
+            assert sent.wait(BOUND_S)
+            wire.stream(START, STOP)
+
+        proxy, *ups = over(lab, long, slow)
+        assert proxy.post().body == START + STOP
+        assert (calls(*ups), rules(proxy, "up1")) == ([1, 1], [])
+
+    def test_row_5_a_network_that_is_gone_cools_nobody_down(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # No network namespace here: the error comes from the nearest call.
+        gone = OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+        monkeypatch.setattr(claude_lb, "_start_connect", lambda _: (None, gone))
+        proxy, *_ = over(lab, lab.refusing(), lab.refusing())
+        own_error(proxy.post(), 502, "api_error")
+        assert [rules(proxy, name) for name in states(proxy)] == [[], []]
+
+    def test_row_17_a_name_that_is_not_found_goes_to_the_next_endpoint(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = socket.getaddrinfo
+
+        def resolving(host: Any, *rest: Any, **more: Any) -> Any:
+            if host == "gone.example":
+                raise socket.gaierror(socket.EAI_NONAME, "not known")
+            return real(host, *rest, **more)
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolving)
+        endpoint = {"baseURL": "http://gone.example", "allowHttp": True}
+        proxy, *_ = over(lab, endpoint, fine)
+        assert served(proxy, 1) == ["up1"]
+        assert rules(proxy) == ["unreachable"]
+
+
+# -- 8. the gate -----------------------------------------------------------
+
+PING_EVENT = sse("ping")
+GOOD = START + delta(1) + STOP
+
+
+def gated(lab: Lab, *answers: Any, **own: Any) -> Any:
+    return over(lab, *answers, **{"gateSeconds": 30, **own})
+
+
+def error_event(kind: str) -> bytes:
+    return sse("error", error={"type": kind, "message": "of the \u2028 stream"})
+
+
+def spoils(whole: bytes, size: int) -> Answering:
+    """Return what streams an early error in pieces of `size`."""
+    pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
+
+    def answering(wire: Wire, _: Received) -> None:
+        wire.deny()
+        wire.send(CHUNKED_SSE)
+        for piece in pieces:
+            wire.send(chunk(piece))
+        wire.send(b"0\r\n\r\n")
+
+    return answering
+
+
+class TestGate:
+    @pytest.mark.parametrize("size", [1, 10_000])
+    @pytest.mark.parametrize("prefix", [b"", START + PING_EVENT, b": hello\n\n"])
+    @pytest.mark.parametrize(
+        ("kind", "status"),
+        [
+            ("overloaded_error", 529),
+            ("rate_limit_error", 429),
+            ("api_error", 500),
+            ("of_tomorrow_error", 500),
+        ],
+    )
+    def test_an_early_error_fails_over_unseen(
+        self, lab: Lab, kind: str, status: int, prefix: bytes, size: int
+    ) -> None:
+        event = error_event(kind)
+        proxy, a, _ = gated(lab, spoils(prefix + event, size), streams(GOOD))
+        answer = proxy.post(message(stream=True))
+        assert (served_by(answer), answer.body) == ("up1", GOOD)
+        tried = "up0 529, " * (status == 529) + f"up0 {status}, up1 200"
+        assert trail(answer) == tried
+        answer = gated(lab, a)[0].post(message(stream=True))
+        check_relayed(answer, status, event.partition(b"data: ")[2].strip())
+        assert answer.field("content-type") == "application/json"
+
+    @pytest.mark.parametrize("resend", [False, True])
+    @pytest.mark.parametrize("events", [b"", START + PING_EVENT, b"event: messa"])
+    @pytest.mark.parametrize("end", ["ended", "cut", "reset"])
+    def test_a_stream_without_content_is_an_honest_502(
+        self, lab: Lab, events: bytes, end: str, resend: bool
+    ) -> None:
+        def answering(wire: Wire, _: Received) -> None:
+            wire.stream(*([events] if events else []), end=end == "ended")
+            wire.close(reset=end == "reset")
+
+        own = {"resendAmbiguous": resend}
+        proxy, *ups = gated(lab, answering, streams(GOOD), **own)
+        answer = proxy.post()
+        assert (calls(*ups), rules(proxy)) == ([1, resend], ["cut-early"])
+        if resend:
+            assert answer.body == GOOD
+            lab.generating.clear()  # that was asked for
+        else:
+            own_error(answer, 502, "api_error")
+            assert answer.field("x-should-retry") == "true"
+
+    @pytest.mark.parametrize("late", [False, True])
+    @pytest.mark.parametrize("end", ["error", "cut"])
+    def test_nothing_is_replayed(self, lab: Lab, end: str, late: bool) -> None:
+        event, go = error_event("overloaded_error"), lab.gate()
+        first = START if late else START + delta(1)
+
+        def answering(wire: Wire, _: Received) -> None:
+            wire.stream(first, end=False)
+            assert go.wait(BOUND_S)
+            if end == "cut":
+                raise HungUpError
+            wire.send(chunk(event) + b"0\r\n\r\n")
+
+        proxy, *ups = gated(lab, answering, fine, gateSeconds=0.05 if late else 30)
+        client = proxy.client().post()
+        assert client.head().status == 200
+        assert client.until(first) == first
+        go.set()
+        if end == "cut":
+            client.cut()
+        else:
+            assert client.rest() == event
+        row = proxy.row()
+        told = {"error": "upstream_error", "cut": "truncated"}[end]
+        assert (row["ended"], row["attempts"]) == (told, 1)
+        assert (calls(*ups), rules(proxy)) == ([1, 0], [f"{end}-late"])
+
+    @pytest.mark.parametrize("why", ["late", "long", "encoded", "not messages"])
+    def test_what_is_not_held_back_any_longer(self, lab: Lab, why: str) -> None:
+        go, first = lab.gate(), START
+        if why == "long":
+            first += PING_EVENT * (300_000 // len(PING_EVENT))
+        head = CHUNKED_SSE
+        if why == "encoded":
+            first = gzip.compress(START)[:12]
+            head = head[:-2] + b"content-encoding: gzip\r\n\r\n"
+
+        def answering(wire: Wire, _: Received) -> None:
+            wire.send(head + chunk(first))
+            assert go.wait(BOUND_S)
+            wire.send(chunk(delta(1)) + chunk(STOP) + b"0\r\n\r\n")
+
+        proxy, _ = gated(lab, answering, gateSeconds=0.05 if why == "late" else 600)
+        path = "/v1/complete" if why == "not messages" else "/v1/messages"
+        client = proxy.client().ask("POST", path, message())
+        client.sock.settimeout(PROMPT_S)
+        assert client.head().status == 200
+        seen = b""
+        while len(seen) < len(first):
+            seen += client.more()
+        go.set()
+        assert seen + client.rest() == first + delta(1) + STOP
+
+    def test_bytes_pass_the_gate_exactly(self, lab: Lab) -> None:
+        odd = b": c\r\n\r\n" + START.replace(b"\n", b"\r\n") + PING_EVENT + b"\n\n"
+        odd += delta("\u2028\x85 event: error\n") + b"data: [DONE]\n\n" + STOP
+
+        def answering(wire: Wire, request: Received) -> None:
+            pick, at = random.Random(request.body), 0
+            wire.send(CHUNKED_SSE.replace(b"\r\n\r\n", b"\r\nrequest-id: r\r\n\r\n"))
+            while at < len(odd):
+                size = pick.choice((1, 2, 3, 7, 50))
+                wire.send(chunk(odd[at : at + size]))
+                at += size
+            wire.send(b"0\r\n\r\n")
+
+        proxy, _ = gated(lab, answering)
+        for _ in range(20):
+            answer = proxy.post()
+            assert answer.body == odd
+            assert answer.field("request-id") == "r"
+            assert answer.field("content-type").startswith("text/event-stream")
+
+    @pytest.mark.parametrize("how", ["close", "reset", "half"])
+    def test_a_hang_up_closes_the_upstream(self, lab: Lab, how: str) -> None:
+        begun, gone = lab.gate(), threading.Event()
+
+        def answering(wire: Wire, _: Received) -> None:
+            wire.stream(START, end=False)
+            begun.set()
+            wire.wait_closed()
+            gone.set()
+
+        proxy, *ups = gated(lab, answering, fine)
+        client = proxy.client().post()
+        assert begun.wait(BOUND_S)
+        if how == "half":
+            client.sock.shutdown(socket.SHUT_WR)
+        else:
+            client.close(reset=how == "reset")
+        assert gone.wait(PROMPT_S)
+        assert proxy.row()["ended"] == "client_cancelled"
+        assert (calls(*ups), rules(proxy)) == ([1, 0], [])
+
+
+# -- 9. cooldowns and recovery ---------------------------------------------
+
+
+class TestCooldowns:
+    def test_a_cooled_endpoint_gets_nothing_then_probes(self, lab: Lab) -> None:
+        go = [lab.gate(), lab.gate()]
+
+        def waits(number: int, wire: Wire, request: Received) -> None:
+            assert go[number].wait(BOUND_S)
+            fine(wire, request)
+
+        steps = (says(500), partial(waits, 0), partial(waits, 1))
+        proxy, a, b = over(lab, in_turn(*steps), fine)
+        assert served(proxy, 5) == ["up1"] * 5
+        assert calls(a, b) == [1, 5]
+        later(proxy, 16)
+        for number, asked in enumerate((2, 4)):  # after one probe two
+            left = calls(b)[0] + 8 - (number + 1)
+            clients = [proxy.client().post() for _ in range(8)]
+            wanted = [asked, left]
+            eventually(lambda w=wanted: calls(a, b) >= w, "the probes")  # type: ignore[misc]
+            eventually(lambda w=left: calls(b)[0] >= w, "the others")  # type: ignore[misc]
+            go[number].set()
+            assert {c.answer().status for c in clients} == {200}
+            assert calls(a, b) == [asked, left]
+
+    def test_a_failed_probe_cools_down_for_longer(self, lab: Lab) -> None:
+        proxy, a, _ = over(lab, says(500), fine)
+        lengths = []
+        for _ in range(5):
+            assert served(proxy, 2) == ["up1", "up1"]
+            lengths.append(round(states(proxy)["up0"].cooldowns[0][2]))
+            later(proxy, lengths[-1] + 1)
+        assert lengths == [15, 30, 60, 120, 120]
+        assert calls(a) == [5]
+
+    @pytest.mark.parametrize(("seconds", "told"), [(50, ""), (3600, "false")])
+    def test_all_limited_is_429(self, lab: Lab, seconds: int, told: str) -> None:
+        answers = [limited(seconds + more) for more in (20, 0, 40)]
+        proxy, *ups = over(lab, *answers)
+        first = proxy.post()
+        check_relayed(first, 429)
+        assert first.field("retry-after") == str(seconds)
+        answer = proxy.post()
+        own_error(answer, 429, "rate_limit_error")
+        assert seconds - 5 <= int(answer.field("retry-after")) <= seconds
+        assert answer.field("x-should-retry") == told
+        assert calls(*ups) == [1, 1, 1]
+        assert proxy.rows(2)[1]["ended"] == "refused"
+
+    def test_a_long_limit_is_told_at_once(self, lab: Lab) -> None:
+        answer = over(lab, limited(3600), limited(7200))[0].post()
+        assert answer.field("retry-after") == "3600"
+        assert answer.field("x-should-retry") == "false"
+
+    @pytest.mark.parametrize("value", ["garbage", "0", "-5", "1e9", "nan", "inf", ""])
+    def test_row_23_an_impossible_reset_is_none(self, lab: Lab, value: str) -> None:
+        proxy, *_ = over(lab, limited(value), fine)
+        assert (served(proxy, 1), rules(proxy)) == (["up1"], [])
+
+    @pytest.mark.parametrize("limited_before", [False, True])
+    def test_the_sdks_own_retry_succeeds(
+        self, lab: Lab, sdk: Any, limited_before: bool
+    ) -> None:
+        body: dict[str, Any] = {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "model": MODEL,
+        }
+        body.update(content=[{"type": "text", "text": "well"}], stop_reason="end_turn")
+        good = json.dumps({**body, "usage": {"input_tokens": 1, "output_tokens": 1}})
+        serving = [in_turn(limited(1), says(200, good.encode())) for _ in "ab"]
+        proxy, *_ = over(lab, *serving)
+        if limited_before:
+            assert proxy.post(message(model=MODEL)).status == 429
+        url = f"http://127.0.0.1:{proxy.port}"
+        with sdk.Anthropic(base_url=url, api_key="sk-x", max_retries=1) as client:
+            assert ask(client).content[0].text == "well"
+        lab.counted += 2
+
+    def test_row_24_a_full_outage_is_not_made_worse(self, lab: Lab) -> None:
+        proxy, *ups = over(lab, *[says(529)] * 3)
+        for _ in range(60):
+            check_relayed(proxy.post(), 529)
+        assert 60 <= sum(calls(*ups)) <= 1.2 * 60 + 3
+
+    @pytest.mark.parametrize("sign", ["none", "body", "field"])
+    def test_a_clients_own_retry_gets_one_more(self, lab: Lab, sign: str) -> None:
+        proxy, *ups = over(lab, *[says(500)] * 4)
+        body, fields = message(), ["x-stainless-retry-count: 1"]
+        if sign == "body":
+            assert proxy.post(body).status == 500
+            later(proxy, 3600)  # past cooldowns and budget
+        before = sum(calls(*ups))
+        assert proxy.post(body, *fields * (sign == "field")).status == 500
+        assert sum(calls(*ups)) - before == (4 if sign == "none" else 2)
+
+    @pytest.mark.parametrize("status", [401, 402, 403, 404, 429, 500, 529])
+    def test_counting_tokens_cools_nothing(self, lab: Lab, status: int) -> None:
+        error = error_body(status, "model: claude-test")
+        counts = says(status, error, "retry-after: 30")
+
+        def answering(wire: Wire, request: Received) -> None:
+            (counts if "count" in request.target else fine)(wire, request)
+
+        proxy, *_ = over(lab, answering, answering)
+        for _ in range(3):
+            assert proxy.ask("POST", COUNT_TOKENS, message()).status == status
+        assert [rules(proxy, name) for name in states(proxy)] == [[], []]
+        assert served(proxy, 4) == ["up0", "up1", "up0", "up1"]
+
+    @pytest.mark.parametrize("reset", [False, True])
+    def test_a_hang_up_during_the_pause_ends_it(self, lab: Lab, reset: bool) -> None:
+        proxy, *ups = over(lab, says(529), fine, retryDelayMs=60_000)
+        client = proxy.client().post()
+        eventually(lambda: proxy.server.relay._due, "the pause")
+        client.close(reset=reset)
+        assert proxy.row()["ended"] == "client_cancelled"
+        assert calls(*ups) == [1, 0]
+        assert {s.in_flight for s in states(proxy).values()} == {0}
+
+    @pytest.mark.parametrize("grace_s", [0.0, BOUND_S])
+    def test_a_stop_during_the_pause(self, lab: Lab, grace_s: float) -> None:
+        pause_ms = 300 if grace_s else 60_000
+        proxy, up = over(lab, in_turn(says(529), fine), retryDelayMs=pause_ms)
+        client = proxy.client().post()
+        eventually(lambda: proxy.server.relay._due, "the pause")
+        proxy.server.stop(grace_s=grace_s)
+        lab.stopped(proxy)
+        assert client.answer().status == (200 if grace_s else 503)
+        assert client.ends() in ("closed", "reset")
+        assert proxy.row()["ended"] == ("ok" if grace_s else "refused")
+        assert calls(up) == [2 if grace_s else 1]
+
+    def test_row_12_cooldowns_pass_while_the_machine_sleeps(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        proxy, *_ = over(lab, says(500), fine)
+        assert served(proxy, 1) == ["up1"]
+        awake = claude_lb._clock_drift_s
+        monkeypatch.setattr(claude_lb, "_clock_drift_s", lambda: awake() + 600.0)
+        eventually(lambda: states(proxy)["up0"].state == "recovering", "the morning")
+
+
+# -- 10. routes, groups, affinity ------------------------------------------
+
+DECOY = """{ "messages": [{"role":"user","content":"\\"model\\": \u00e9 \u2028"}],
+ "metadata":{"model":"decoy","user_id": "%s"},"max_tokens":1e0,
+ "model" :  "claude-\\u006fpus-9" , "top_k": 5,"x":[{"model":"decoy"}] }"""
+BY_CONVERSATION = {"affinity": "conversation"}
+
+
+def session(number: object) -> str:
+    return f"x-claude-code-session-id: conversation-{number}"
+
+
+class TestOverRoutes:
+    @pytest.mark.parametrize("path", ["/v1/messages", COUNT_TOKENS])
+    def test_a_mapped_model_is_spliced_in(self, lab: Lab, path: str) -> None:
+        names = ("big-\u2028\u00e9", "other")
+        steps = [{"endpoint": f"up{i}", "model": n} for i, n in enumerate(names)]
+        proxy, *ups = over(lab, says(500), fine, routes={"Claude-Opus*": steps})
+        body = (DECOY % os.urandom(16).hex()).encode()
+        assert proxy.ask("POST", path, body).status == 200
+        start, end = body.split(b'"claude-\\u006fpus-9"')
+        for up, name in zip(ups, names):
+            got = up.requests[0].body
+            assert json.loads(got)["model"] == name
+            assert got.startswith(start)
+            assert got.endswith(end)
+
+    def test_exact_names_wildcards_and_passthrough(self, lab: Lab) -> None:
+        off = {"endpoint": "up2", "enabled": False}
+        exact = [off, {"endpoint": "up1", "model": "passthrough"}]
+        routes = {"claude-*": [{"endpoint": "up0"}], "claude-haiku": exact}
+        proxy, *ups = over(lab, fine, fine, fine, routes=routes)
+        for name in ("claude-haiku", "claude-haiku-4", "CLAUDE-X", "claude-haiku"):
+            body = message(model=name)
+            assert proxy.post(body).status == 200
+            assert body in [r.body for up in ups for r in up.requests]
+        assert calls(*ups) == [2, 2, 0]
+
+    @pytest.mark.parametrize("path", ["/v1/messages", COUNT_TOKENS])
+    def test_a_model_that_nobody_serves_is_403(self, lab: Lab, path: str) -> None:
+        up = lab.upstream()
+        endpoint = {"baseURL": up.url, "models": ["claude-opus-*", "claude-haiku"]}
+        proxy = lab.proxy(endpoint, routes={"fast": [{"endpoint": "up0"}]})
+        answer = proxy.ask("POST", path, message(model="gpt-7"))
+        told = own_error(answer, 403, "permission_error")
+        names = ("gpt-7", "claude-opus-*", "claude-haiku", "fast")
+        assert [name in told for name in names] == [True] * 4
+        assert proxy.post(message(model="claude-opus-4")).status == 200
+        assert calls(up) == [1]
+
+    def test_a_forced_endpoint_serves_alone(self, lab: Lab) -> None:
+        proxy, *ups = over(lab, fine, fine, says(500))
+        assert served(proxy, 3, "X-Claude-LB-Endpoint: up1") == ["up1"] * 3
+        assert ups[1].requests[0].values("x-claude-lb-endpoint") == []
+        assert proxy.post(None, "x-claude-lb-endpoint: up2").status == 500
+        assert calls(*ups) == [0, 3, 1]
+
+    @pytest.mark.parametrize("name", ["nobody", "UP0", "off"])
+    def test_a_forced_endpoint_that_cannot_serve(self, lab: Lab, name: str) -> None:
+        up = lab.upstream()
+        proxy = lab.proxy(up, {"baseURL": up.url, "name": "off", "enabled": False})
+        answer = proxy.post(None, f"x-claude-lb-endpoint: {name}")
+        assert answer.status in (400, 404)
+        assert name in answer.json()["error"]["message"]
+        assert calls(up) == [0]
+
+    def test_groups_share_a_credential_and_can_be_routed_to(self, lab: Lab) -> None:
+        a, b, c = lab.upstream(), lab.upstream(says(401)), lab.upstream()
+        urls = [{"baseURL": u.url, "name": n} for u, n in ((b, "b"), (c, "c"))]
+        group = {"name": "team", "authToken": "canary-of-the-team", "endpoints": urls}
+        routes = {"claude-test": [{"group": "team"}]}
+        proxy = lab.proxy(a, groups=[group], routes=routes)
+        assert served(proxy, 2) == ["c", "c"]
+        assert calls(a, b, c) == [0, 1, 2]
+        assert "canary-of-the-team" in str(c.requests[0].lines)
+        listed = proxy.ask("GET", "/providers", counts=0).json()["providers"]
+        assert [p["group"] for p in listed] == [None, "team", "team"]
+
+
+class TestAffinity:
+    def test_a_conversation_stays_and_two_proxies_agree(self, lab: Lab) -> None:
+        one, *ups = over(lab, fine, fine, fine, balancing=BY_CONVERSATION)
+        two, *_ = over(lab, *ups, balancing=BY_CONVERSATION)
+        places = [
+            {*served(one, 2, session(i)), *served(two, 2, session(i))}
+            for i in range(24)
+        ]
+        assert {len(seen) for seen in places} == {1}
+        assert set.union(*places) == {"up0", "up1", "up2"}
+
+    def test_a_conversation_stays_where_it_failed_over_to(self, lab: Lab) -> None:
+        shared = in_turn(fine, says(500), fine)  # home serves, then fails once
+        proxy, *_ = over(lab, shared, shared, balancing=BY_CONVERSATION)
+        places = []
+        for pause_s in (0, 0, 250, 250, 301):
+            later(proxy, pause_s)
+            places += served(proxy, 1, session(1))
+        home = places[0]
+        assert [place == home for place in places] == [True, False, False, False, True]
+
+
+# -- 11. control and reports -----------------------------------------------
+
+JSON_TYPE = "content-type: application/json"
+ADMIN = KEY[::-1]
+CHANGES = [
+    ("/api/endpoints/up0/pause", b""),
+    ("/api/endpoints/up0/resume", b""),
+    ("/api/mode", b'{"mode": "auto"}'),
+    ("/providers/reload", b""),
+]
+SHAPES = {
+    "/providers": "total_providers healthy_providers selection_strategy"
+    " total_model_routes providers",
+    "/providers provider": "name type base_url enabled healthy failure_count proxy"
+    " last_failure_time",
+    "/status": "current_endpoint total_active_connections endpoint_connections"
+    " endpoints timestamp config",
+    "/status endpoint": "endpoint latency available error last_check latency_history",
+    "/status config": "port switch_threshold_ms health_check_interval_seconds",
+}
+
+
+def change(proxy: Proxy, path: str, body: bytes = b"", *fields: str) -> Answer:
+    """POST to a path of the proxy's own."""
+    if body and not any("content-type" in f.lower() for f in fields):
+        fields = (JSON_TYPE, *fields)
+    answer = proxy.ask("POST", path, body, *fields, counts=0)
+    own = answer.status >= 400 and b'"faults"' not in answer.body
+    proxy._lab.counted += own  # a refusal has its row
+    return answer
+
+
+def report(proxy: Proxy, path: str, *fields: str) -> Any:
+    return proxy.ask("GET", path, b"", *fields, counts=0).json()
+
+
+class TestControl:
+    def test_pause_and_resume(self, lab: Lab) -> None:
+        proxy, *_ = over(lab, fine, fine)
+        answer = change(proxy, "/api/endpoints/up0/pause")
+        assert (answer.status, answer.json()["paused"]) == (200, True)
+        assert served(proxy, 3) == ["up1"] * 3
+        assert states(proxy)["up0"].state == "paused"
+        assert change(proxy, "/api/endpoints/up1/pause").status == 200
+        assert "paused" in own_error(proxy.post(), 503, "overloaded_error")
+        assert change(proxy, "/api/endpoints/up0/resume").status == 200
+        assert served(proxy, 2) == ["up0"] * 2
+        own_error(change(proxy, "/api/endpoints/nobody/pause"), 404, "not_found_error")
+
+    def test_modes(self, lab: Lab) -> None:
+        proxy, _, b = over(lab, fine, fine)
+        hold = b'{"mode": "manual", "endpoint": "%b"}'
+        assert change(proxy, "/api/mode", hold % b"up1").status == 200
+        assert served(proxy, 3) == ["up1"] * 3
+        status = report(proxy, "/status")
+        assert (status["mode"], status["manual_endpoint"]) == ("manual", "up1")
+        assert status["current_endpoint"] == b.url
+        assert change(proxy, "/api/mode", b'{"mode": "auto"}').status == 200
+        assert set(served(proxy, 2)) == {"up0", "up1"}
+        assert change(proxy, "/api/mode", hold % b"nobody").status == 404
+        assert change(proxy, "/providers/reload").status == 400  # there is no file
+        for bad in (b"", b"{", b"[]", b'{"mode": "manual"}', b'{"mode": 1}', b"\xff"):
+            assert change(proxy, "/api/mode", bad, JSON_TYPE).status == 400, bad
+
+    @pytest.mark.parametrize(
+        ("field", "status"),
+        [
+            ("Origin: https://evil.example", 403),
+            ("Origin: null", 403),
+            ("Sec-Fetch-Site: cross-site", 403),
+            ("Sec-Fetch-Site: same-site", 403),
+            ("Host: rebound.example", 421),
+            ("content-type: text/plain", 415),
+            ("content-type: application/x-www-form-urlencoded", 415),
+        ],
+    )
+    def test_web_pages_change_nothing(self, lab: Lab, field: str, status: int) -> None:
+        proxy, *_ = over(lab, fine)
+        for path, body in CHANGES:
+            assert change(proxy, path, body or b"{}", field).status == status
+        assert states(proxy)["up0"].state != "paused"
+
+    def test_an_admin_key_is_asked_for_where_it_is_set(self, lab: Lab) -> None:
+        proxy, *_ = over(lab, fine, server={"adminKey": ADMIN, "clientKeys": [KEY]})
+        for path, body in CHANGES[:3]:
+            for fields in ([], [f"x-api-key: {KEY}"], [f"x-api-key: {ADMIN[:-1]}"]):
+                assert change(proxy, path, body, *fields).status == 401
+            for field in (f"x-api-key: {ADMIN}", f"Authorization: Bearer {ADMIN}"):
+                assert change(proxy, path, body, field).status == 200
+
+    def test_reports_tell_the_state_and_no_secret(self, lab: Lab) -> None:
+        server = {"clientKeys": [KEY], "adminKey": ADMIN}
+        proxy, *ups = over(lab, limited(30), fine, server=server)
+        key = f"x-api-key: {KEY}"
+        assert served(proxy, 1, key) == ["up1"]
+        for path in ("/status", "/providers"):
+            own_error(proxy.ask("GET", path), 401, "authentication_error")
+        status, providers = (report(proxy, p, key) for p in ("/status", "/providers"))
+        urls = [u.url for u in ups]
+        assert list(status["endpoints"]) == urls
+        assert status["current_endpoint"] in urls
+        assert status["endpoint_connections"] == dict.fromkeys(urls, 0)
+        assert status["total_active_connections"] == 0
+        assert providers["total_providers"] == len(providers["providers"]) == 2
+        assert providers["selection_strategy"] == "round_robin"
+        cooldown = providers["providers"][0]["cooldowns"][0]
+        assert cooldown["rule"] == "limited-model"
+        assert 20 < cooldown["seconds"] <= 30
+        texts = [str(report(proxy, path, key)) for path in ("/health", "/")]
+        for text in (str(status), str(providers), *texts, proxy.log()):
+            assert not any(s in text for s in (KEY, ADMIN, *(u.token for u in ups)))
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_reports_have_the_originals_fields(self, lab: Lab, shape: str) -> None:
+        proxy, *_ = over(lab, fine)
+        path, _, part = shape.partition(" ")
+        found = report(proxy, path)
+        if part == "provider":
+            found = found["providers"][0]
+        elif part == "endpoint":
+            (found,) = found["endpoints"].values()
+        elif part:
+            found = found[part]
+            assert found["port"] == proxy.port
+        assert set(SHAPES[shape].split()) - set(found) == set()
+
+
+# -- 12. reload ------------------------------------------------------------
+
+
+class OnFile(Proxy):
+    """A proxy over a configuration file; endpoints are named after their ports."""
+
+    def __init__(self, lab: Lab, *upstreams: ScriptedUpstream, **sections: Any) -> None:
+        log = lab._folder / "file-log.json"
+        self.path = lab._folder / "endpoints.json"
+        self._sections = {
+            "server": {"port": 0},
+            "failover": {"gateSeconds": 0},
+            "log": {"format": "json", "file": str(log)},
+            **sections,
+        }
+        self.write(*upstreams)
+        config = self._read()
+        reading: Any = {"read": self._read, "path": str(self.path)}
+        server = claude_lb.Server(config, claude_lb.Log(config.log), **reading)
+        super().__init__(lab, server, Path(log))
+        server.start()
+        lab._proxies.append(self)
+
+    def _read(self) -> claude_lb.Config:
+        text = self.path.read_text()
+        return claude_lb.parse_config(text, name="file", source=Source())
+
+    def write(self, *ups: ScriptedUpstream, more: Sequence[Any] = ()) -> None:
+        entries = [
+            {"name": f"at{u.port}", "baseURL": u.url, "authToken": u.token} for u in ups
+        ]
+        whole = {"endpoints": [*entries, *more], **self._sections}
+        self.path.write_text(json.dumps(whole))
+
+    def reload(self) -> Answer:
+        return change(self, "/providers/reload")
+
+
+class TestReload:
+    def test_what_stays_keeps_its_state_and_its_connections(self, lab: Lab) -> None:
+        wires: list[Wire] = []
+
+        def answering(wire: Wire, request: Received) -> None:
+            wires.append(wire)
+            fine(wire, request)
+
+        a, b, c = (lab.upstream(f) for f in (says(500), answering, fine))
+        proxy = OnFile(lab, a, b)
+        assert served(proxy, 1) == [f"at{b.port}"]
+        assert change(proxy, f"/api/endpoints/at{b.port}/pause").status == 200
+        proxy.write(a, b, c)
+        answer = proxy.reload()
+        assert (answer.status, answer.json()["status"]) == (200, "ok")
+        assert rules(proxy, f"at{a.port}") == ["server-error"]
+        assert served(proxy, 3) == [f"at{c.port}"] * 3
+        assert change(proxy, f"/api/endpoints/at{b.port}/resume").status == 200
+        assert f"at{b.port}" in served(proxy, 2)
+        assert wires[0] is wires[1]
+
+    def test_a_removed_endpoint_drains(self, lab: Lab) -> None:
+        go, closed = lab.gate(), lab.gate()
+
+        def answering(wire: Wire, request: Received) -> None:
+            by_turns([go], START)(wire, request)
+            wire.wait_closed()
+            closed.set()
+
+        a, b = lab.upstream(answering), lab.upstream()
+        proxy = OnFile(lab, a, b)
+        client = proxy.client().post()
+        client.head()
+        client.until(START)
+        proxy.write(b)
+        assert proxy.reload().status == 200
+        assert served(proxy, 4) == [f"at{b.port}"] * 4
+        go.set()
+        assert client.rest() == delta(0) + STOP
+        assert closed.wait(PROMPT_S)  # its connection is not kept
+        assert calls(a, b) == [1, 4]
+
+    def test_a_removed_endpoint_gets_no_retry(self, lab: Lab) -> None:
+        a, b = lab.upstream(says(529)), lab.upstream()
+        proxy = OnFile(lab, a, b, failover={"retryDelayMs": 1000})
+        client = proxy.client().post()
+        eventually(lambda: proxy.server.relay._due, "the pause")
+        proxy.write(b)
+        assert proxy.reload().status == 200
+        assert client.answer().status == 200
+        assert calls(a, b) == [1, 1]
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("{", "line 1, column 2"),
+            ("[]", "endpoint"),
+            ('{"endpoints": [{"baseURL": "x"}], "servr": {}}', "servr"),
+        ],
+    )
+    def test_a_faulty_file_counts_not(self, lab: Lab, text: str, told: str) -> None:
+        a = lab.upstream()
+        proxy = OnFile(lab, a)
+        proxy.path.write_text(text)
+        answer = proxy.reload()
+        document = answer.json()
+        assert (answer.status, document["status"]) == (400, "error")
+        assert told in " ".join(document["faults"])
+        assert report(proxy, "/providers")["reload_faults"] == document["faults"]
+        assert told in proxy.log()
+        assert served(proxy, 1) == [f"at{a.port}"]
+        proxy.write(a)
+        assert proxy.reload().status == 200
+        assert report(proxy, "/providers")["reload_faults"] == []
+
+    def test_a_changed_credential_ends_a_401(self, lab: Lab) -> None:
+        def answering(wire: Wire, request: Received) -> None:
+            (fine if "good" in str(request.lines) else says(401))(wire, request)
+
+        a, b = lab.upstream(answering), lab.upstream()
+        proxy = OnFile(lab, a, b)
+        assert served(proxy, 3) == [f"at{b.port}"] * 3
+        assert states(proxy)[f"at{a.port}"].needs_attention
+        a.token = "a-good-canary"
+        proxy.write(a, b)
+        assert proxy.reload().status == 200
+        assert rules(proxy, f"at{a.port}") == []
+        assert set(served(proxy, 2)) == {f"at{a.port}", f"at{b.port}"}
+
+    def test_the_watcher_notices_a_change_and_a_fault(self, lab: Lab) -> None:
+        a, b = lab.upstream(), lab.upstream()
+        proxy = OnFile(lab, a)
+        proxy.path.write_text("{")
+        eventually(lambda: "has faults" in proxy.log(), "the fault in the log")
+        proxy.write(b)
+        eventually(lambda: f"at{b.port}" in states(proxy), "the change")
+        assert served(proxy, 1) == [f"at{b.port}"]
+
+    def test_a_dead_new_endpoint_holds_no_reload_up(self, lab: Lab) -> None:
+        a = lab.upstream()
+        proxy = OnFile(lab, a, timeouts={"connect": 60})
+        dead = f"http://127.0.0.1:{lab.blackhole()}"
+        proxy.write(a, more=[{"baseURL": dead, "authToken": "canary"}])
+        client = proxy.client()
+        client.sock.settimeout(PROMPT_S)
+        client.ask("POST", "/providers/reload", counts=0)
+        assert client.answer().status == 200
+
+    def test_a_stop_ends_the_watcher(self, lab: Lab) -> None:
+        proxy = OnFile(lab, lab.upstream())
+        watcher = [t for t in threading.enumerate() if t.name == "reload"][-1]
+        proxy.server.stop(grace_s=0.0)
+        lab.stopped(proxy)
+        eventually(lambda: not watcher.is_alive(), "its end", PROMPT_S)
+
+    def test_200_live_streams_outlive_20_reloads(self, lab: Lab) -> None:
+        rounds = [lab.gate() for _ in range(20)]
+        lasting = by_turns(rounds, START)
+
+        def answering(wire: Wire, request: Received) -> None:
+            (fine if b"short" in request.body else lasting)(wire, request)
+
+        a, b, gone, new = (lab.upstream(answering) for _ in range(4))
+        proxy = OnFile(lab, a, b, gone, balancing=BY_CONVERSATION)
+        clients = [proxy.client().post(None, session(i)) for i in range(200)]
+        homes = [served_by(c.head()) for c in clients]
+        for client in clients:
+            client.until(START)
+        stay = [i for i, home in enumerate(homes) if home != f"at{gone.port}"]
+        assert len(stay) < 200
+        for number, turn in enumerate(rounds):
+            proxy.write(a, b, gone if number < 9 else new)
+            if number % 4 == 3:
+                proxy.path.write_text("{" * number)
+            assert proxy.reload().status == (400 if number % 4 == 3 else 200)
+            asked = calls(gone)
+            for i in stay[number::20]:
+                answer = proxy.post(message(x="short"), session(i))
+                assert served_by(answer) == homes[i]
+            for i in range(10):
+                proxy.post(message(x="short"), session(f"{number}-{i}"))
+            assert number < 9 or calls(gone) == asked
+            turn.set()
+            for client in clients:
+                assert client.until(delta(number)) == delta(number)
+        assert {client.rest() for client in clients} == {STOP}
+        assert new.requests
+
+
+# -- 13. failures reproduced elsewhere, continued --------------------------
+
+
+class TestMoreFailuresReproducedElsewhere:
+    """R6 to R26: what users of the other balancers met."""
+
+    def test_r6_a_limited_account_leaves_the_work_to_the_other(self, lab: Lab) -> None:
+        proxy, *ups = over(lab, limited(300), fine)
+        assert served(proxy, 3) == ["up1"] * 3
+        assert calls(*ups) == [1, 3]
+
+    @pytest.mark.parametrize("status", [401, 529])
+    def test_r12_the_next_account_serves(self, lab: Lab, status: int) -> None:
+        assert served(over(lab, says(status), fine)[0], 1) == ["up1"]
+
+    def test_r13_all_limited_is_429_and_nothing_goes_out(self, lab: Lab) -> None:
+        proxy, *ups = over(lab, limited(40), limited(50))
+        own = "Authorization: Bearer of-the-client"
+        answers = [proxy.post(None, own) for _ in "abc"]
+        assert [a.status for a in answers] == [429] * 3
+        assert all(0 < int(a.field("retry-after")) <= 40 for a in answers)
+        assert calls(*ups) == [1, 1]
+        assert "of-the-client" not in str([u.requests for u in ups])
+
+    def test_r16_only_our_credential_reaches_the_account(self, lab: Lab) -> None:
+        up, ours = lab.upstream(), {"authToken": "canary-ours"}
+        kinds = ("auth_token", "api_key")
+        listed = [{"baseURL": up.url, "authType": kind, **ours} for kind in kinds]
+        proxy = lab.proxy(*listed)
+        for _ in kinds:
+            proxy.post(None, "x-api-key: theirs", "Authorization: Bearer theirs")
+        names = ("authorization", "x-api-key")
+        sent = [r.values(name) for r, name in itertools.product(up.requests, names)]
+        assert sent == [["Bearer canary-ours"], [], [], ["canary-ours"]]
+
+    def test_r18_unknown_parameters_pass_and_so_does_a_repeat(self, lab: Lab) -> None:
+        proxy, up = over(lab, fine)
+        body = json.dumps({"model": "m", "top_k": 5, "of_tomorrow": [1]}).encode()
+        assert [proxy.post(body).status for _ in "ab"] == [200, 200]
+        assert [r.body for r in up.requests] == [body, body]
+
+    def test_r19_529_fails_over_without_any_setting(self, lab: Lab) -> None:
+        proxy = lab.proxy(lab.upstream(says(529)), lab.upstream())
+        assert served(proxy, 1) == ["up1"]
+
+    def test_r20_each_event_comes_when_it_is_sent(self, lab: Lab) -> None:
+        turns = [lab.gate() for _ in range(6)]
+        proxy, _ = gated(lab, by_turns(turns, START, delta("first")))
+        client = proxy.client().post()
+        client.head()
+        client.until(delta("first"))
+        for number, turn in enumerate(turns):
+            turn.set()
+            assert client.until(delta(number)) == delta(number)
+        assert client.rest() == STOP
+
+    def test_r21_line_separators_in_a_text_are_no_line_ends(self, lab: Lab) -> None:
+        raw = b'event: content_block_delta\ndata: {"t":"\xe2\x80\xa8\xc2\x85"}\n\n'
+        proxy, _ = gated(lab, streams(START, raw, STOP))
+        assert proxy.post().body == START + raw + STOP
+
+    def test_r22_the_preferred_one_returns_after_idleness(self, lab: Lab) -> None:
+        urls = [lab.upstream(in_turn(says(500), fine)).url, lab.upstream().url]
+        balancing = {"affinity": "last_good", "idleRecoverySeconds": 300}
+        listed = [{"baseURL": u, "priority": i} for i, u in enumerate(urls)]
+        proxy, *_ = over(lab, *listed, balancing=balancing)
+        seen = []
+        for pause_s in (0, 200, 200, 301, 0):
+            later(proxy, pause_s)
+            seen += served(proxy, 1)
+        assert seen == ["up1", "up1", "up1", "up0", "up0"]
+
+    def test_r23_every_error_of_ours_has_the_full_shape(self, lab: Lab) -> None:
+        proxy, _ = over(lab, lab.refusing())
+        own_error(proxy.post(), 502, "api_error")
+        own_error(proxy.ask("GET", "/nothing"), 404, "not_found_error")
+        assert change(proxy, "/api/endpoints/up0/pause").status == 200
+        own_error(proxy.post(), 503, "overloaded_error")
+
+    def test_r24_and_r25_blocks_pass_byte_for_byte(self, lab: Lab) -> None:
+        cached = {"type": "ephemeral", "ttl": "1h"}
+        thought = {"type": "thinking", "thinking": "\u2028", "signature": "EqQB=="}
+        body = message(
+            thinking={"type": "enabled", "budget_tokens": 1024},
+            service_tier="auto",
+            system=[{"type": "text", "text": "s", "cache_control": cached}],
+            tools=[{"name": "t", "input_schema": {}, "cache_control": cached}],
+            messages=[{"role": "assistant", "content": [thought]}],
+        )
+        proxy, *ups = over(lab, says(500), fine, balancing=BY_CONVERSATION)
+        assert proxy.post(body).status == 200
+        assert {r.body for up in ups for r in up.requests} == {body}
+
+    def test_r26_the_mapped_model_is_what_is_sent(self, lab: Lab) -> None:
+        routes = {"*sonnet*": [{"endpoint": "up0", "model": "mapped"}]}
+        proxy, up = over(lab, fine, routes=routes)
+        assert proxy.post(message(model="claude-sonnet-4")).status == 200
+        assert json.loads(up.requests[0].body)["model"] == "mapped"
