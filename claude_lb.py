@@ -185,7 +185,11 @@ BUDGET_SHARE = 0.2  # of the requests in that time
 BUDGET_LEAST = 3
 REPEAT_S = 60.0  # a body that failed so lately is its client's own retry
 REPEATS = 1000
+MEMBERS = 64  # of a body's object; the API knows about 30
+LARGE_BYTES = 1024 * 1024  # a body that is looked at before it is looked through
+BRACKETS = 200_000  # in such a body: 50 ms to go through
 FIRST_MESSAGES = 4  # among these is the first one of the user's
+TROUBLES = 64  # cooldowns of one endpoint: its own and those of models
 RAMP_MOST = 16  # attempts at once after a cooldown: 1, 2, 4 ... then no limit
 LIMITS_S = 300.0  # what an answer said of its limits is too old to go by
 HISTORY = 20  # late attempts whose times are kept
@@ -455,17 +459,15 @@ class Endpoint:
         return whole[: -len(usual)] if whole.endswith(usual) else whole
 
 
-def with_known_endpoints(config: Config, known: Sequence[Endpoint]) -> Config:
-    """Return `config` with the known object in place of every equal endpoint."""
-    kept = [next((k for k in known if vars(k) == vars(e)), e) for e in config.endpoints]
-    return dataclasses.replace(config, endpoints=tuple(kept))
-
-
 def same_service(one: Endpoint, other: Endpoint) -> bool:
-    """Tell whether two endpoints of that name reach the same account."""
-    ours = dict(vars(one), weight=0, priority=0, models=(), default=False, group="")
-    theirs = dict(vars(other), weight=0, priority=0, models=(), default=False, group="")
-    return ours == theirs
+    """Tell whether two endpoints reach the same account, whatever their names."""
+
+    def service(endpoint: Endpoint) -> tuple[object, ...]:
+        e = endpoint
+        reached = (e.secure, e.host, e.port, e.prefix, e.ca_file, e.proxy)
+        return (*reached, e.auth_type, e.credential)
+
+    return service(one) == service(other)
 
 
 @dataclass(frozen=True)
@@ -1979,6 +1981,34 @@ def final_faults(config: Config) -> list[str]:
     return faults
 
 
+def left_for_restart(running: Config, config: Config) -> list[str]:
+    """Return what a running program cannot take over of `config`."""
+    settings = {
+        "server.host": (running.server.host, config.server.host),
+        "server.port": (running.server.port, config.server.port),
+        "log.file": (running.log.file, config.log.file),
+        "log.color": (running.log.color, config.log.color),
+    }
+    changed = [name for name, (old, new) in settings.items() if old != new]
+    return [f"{name} counts from the next start" for name in changed]
+
+
+def followed_by(running: Config, config: Config) -> Config:
+    """Return `config` as the running program can take it over; raises ConfigError.
+
+    The address stays the one that is listened on, and equal endpoints the objects
+    that they are.
+    """
+    known, bound = running.endpoints, running.server
+    kept = [next((k for k in known if vars(k) == vars(e)), e) for e in config.endpoints]
+    server = dataclasses.replace(config.server, host=bound.host, port=bound.port)
+    merged = dataclasses.replace(config, endpoints=tuple(kept), server=server)
+    faults = final_faults(merged)
+    if faults:
+        raise ConfigError(faults)
+    return merged
+
+
 # ============================================================================
 # 6. HTTP (pure)
 # ============================================================================
@@ -2702,11 +2732,13 @@ def body_reader(answer: AnswerHead, *, keep_payload: bool) -> BodyReader:
 
 _BLANK = r"[ \t\n\r]*"
 _OPENING = re.compile(rf"{_BLANK}[\[{{]{_BLANK}")
-_KEY = re.compile(rf'("(?:[^"\\]|\\.)*"){_BLANK}:{_BLANK}', re.S)
+_KEY = re.compile(rf'("(?:[^"\\]|\\.){{0,64}}"){_BLANK}:{_BLANK}', re.S)
 _AFTER_VALUE = re.compile(rf"{_BLANK}([,}}\]]){_BLANK}")
 _DECODER = json.JSONDecoder()
-_CACHE_MARK = re.compile(rb',?\s*"cache_control"\s*:\s*\{[^{}]*\}')
-_LONG_CACHE = re.compile(rb'"ttl"\s*:\s*"1h"')
+# Blanks are bounded, or a run of them would cost its square
+_MARK = rb'"cache_control"\s{0,9}:\s{0,9}\{[^{}]{0,99}\}'
+_CACHE_MARK = re.compile(rb",\s{0,9}%b|%b\s{0,9},?" % (_MARK, _MARK))
+_LONG_CACHE = re.compile(rb'"ttl"\s{0,9}:\s{0,9}"1h"')
 _OLD_SESSION = re.compile(r"_session_([0-9a-f-]{36})$")
 
 
@@ -2728,12 +2760,15 @@ def _value_end(text: str, start: int) -> int:
 def top_level(body: bytes | bytearray) -> dict[str, Member]:
     """Return where the values of a body's object are, by key; the last one counts.
 
-    Empty where the body is no JSON object.
+    Empty where the body is no JSON object, or none that a client would send: with
+    keys that are many or long, or more lists than can be gone through quickly.
     """
+    if len(body) > LARGE_BYTES and body.count(b"[") + body.count(b"{") > BRACKETS:
+        return {}
     text = str(body, "latin-1")  # a character is a byte
     opening, found = _OPENING.match(text), {}
     at = opening.end() if opening else 0
-    while True:
+    for _ in range(MEMBERS):
         key = _KEY.match(text, at)
         end = _value_end(text, key.end()) if key else -1
         after = _AFTER_VALUE.match(text, end) if end > 0 else None
@@ -2744,6 +2779,7 @@ def top_level(body: bytes | bytearray) -> dict[str, Member]:
         if after[1] != ",":
             return found if after[1] == "}" and after.end() == len(text) else {}
         at = after.end()
+    return {}
 
 
 def _string(raw: bytes | bytearray) -> str:
@@ -2755,9 +2791,14 @@ def _string(raw: bytes | bytearray) -> str:
     return value if isinstance(value, str) else ""
 
 
-def model_of(body: bytes | bytearray) -> tuple[str, Member] | None:
-    """Return the model that a body names, and where; None if it can't be told."""
-    member = top_level(body).get("model")
+def model_of(
+    body: bytes | bytearray, members: Mapping[str, Member]
+) -> tuple[str, Member] | None:
+    """Return the model that a body names, and where; None if it can't be told.
+
+    `members` is what `top_level` found.
+    """
+    member = members.get("model")
     if member is None:
         return None
     name = _string(body[member.start : member.end])
@@ -2779,17 +2820,21 @@ def _hashed(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def conversation_key(values: Mapping[bytes, str], body: bytes | bytearray) -> str:
-    """Return what tells a request's conversation from others; "" if nothing does.
-
-    Claude Code's session with its agent, else the session in metadata.user_id, else
-    what stays the same from turn to turn: model, system, tools, first user message.
-    """
+def session_key(values: Mapping[bytes, str]) -> str:
+    """Return what tells Claude Code's session with its agent from others, or ""."""
     session = values.get(b"x-claude-code-session-id", "")
-    if session:
-        agent = values.get(b"x-claude-code-agent-id", "")
-        return _hashed(session.encode("latin-1"), agent.encode("latin-1"))
-    members = top_level(body)
+    agent = values.get(b"x-claude-code-agent-id", "")
+    if not session:
+        return ""
+    return _hashed(session.encode("latin-1"), agent.encode("latin-1"))
+
+
+def conversation_key(body: bytes | bytearray, members: Mapping[str, Member]) -> str:
+    """Return what tells a body's conversation from others; "" if nothing does.
+
+    The session in metadata.user_id, else what stays the same from turn to turn:
+    model, system, tools, first user message.
+    """
     session = _session_in(body, members)
     if session:
         return _hashed(session.encode("utf-8", "surrogatepass"))
@@ -3135,11 +3180,13 @@ class SseGate:
 
     def feed(self, payload: bytes) -> bool:
         """Take what the stream carried; True once it is known."""
+        looked_at = max(0, len(self._rest) - 3)  # an end may be half here
         self._rest += payload
         while not (self.content or self.error):
-            end = _EVENT_END.search(self._rest)
+            end = _EVENT_END.search(self._rest, looked_at)
             if end is None:
                 return False
+            looked_at = 0
             event, self._rest = self._rest[: end.start()], self._rest[end.end() :]
             self._judge(event)
         return True
@@ -3341,11 +3388,11 @@ def targets_for(config: Config, model: str | None) -> tuple[Target, ...]:
     """Return who may serve `model`, by routes, else by the endpoints' own lists.
 
     An exact name goes before wildcards, those in file order.  None: unknown, so
-    that no route speaks of it.
+    that no route speaks of it, and only who serves all models may have it.
     """
     enabled = config.enabled
     if model is None:
-        return tuple(Target(e, e.priority) for e in enabled)
+        return tuple(Target(e, e.priority) for e in enabled if not e.models)
     named = [r for r in config.routes if pattern_matches(r.pattern, model)]
     exact = [r for r in named if r.pattern.lower() == model.lower()]
     route = next((r for r in (*exact, *named) if r.steps), None)
@@ -3416,6 +3463,7 @@ class Sign(Enum):
     MODEL_WINDOW = "stated reset of a model"
     SPEND = "spend cap"
     CREDIT = "speaks of limit or credit"
+    REQUEST = "speaks of the request"
     MODEL = "names the model"
     EVENT = "error event"
     CUT = "cut or silent"
@@ -3482,7 +3530,7 @@ _TEN_MIN = Cooling(600.0, 600.0)
 _STATED = Cooling(most_s=STATED_MOST_S, stated=True)
 _CERTIFICATE = Cooling(60.0, 600.0, attention=True)
 _HOUR = Cooling(3600.0, 3600.0, attention=True)
-_CHANGED = Cooling(math.inf, math.inf, attention=True)
+_CHANGED = Cooling(60.0, 3600.0, attention=True)
 
 # The first row that matches counts.
 # fmt: off
@@ -3520,8 +3568,10 @@ RULES = (
          _HOUR, "the account is out of credit, or at its limit"),
     Rule("payment", _ANSWER, (402,), Sign.NONE, Verdict.ANOTHER, Scope.ENDPOINT,
          _HOUR, "the account's billing"),
+    Rule("login", _ANSWER, (401,), Sign.REQUEST, Verdict.RELAY, Scope.NONE, _NOT,
+         "it refuses this kind of request, not the credential"),
     Rule("credential", _ANSWER, (401,), Sign.NONE, Verdict.ANOTHER, Scope.ENDPOINT,
-         _CHANGED, "its credential is refused: configure another"),
+         _CHANGED, "its credential is refused: look at it, then resume"),
     Rule("forbidden", _ANSWER, (403,), Sign.NONE, Verdict.ANOTHER, Scope.MODEL,
          _TEN_MIN, "this account may not use that model or feature"),
     Rule("no-model", _ANSWER, (404,), Sign.MODEL, Verdict.ANOTHER, Scope.MODEL,
@@ -3542,6 +3592,13 @@ RULES = (
          "content has gone out: the client sees the cut, and decides"),
 )
 # fmt: on
+#: Statuses whose rows may be about the model.
+MODEL_STATUSES = frozenset(
+    status
+    for rule in RULES
+    for status in rule.statuses
+    if rule.scope is Scope.MODEL or rule.sign is Sign.MODEL_WINDOW
+)
 OWN_RULE = next(r for r in RULES if r.name == "request")
 
 
@@ -3637,9 +3694,13 @@ def finding_for(error: UpstreamError, lane: Lane, method: str) -> Finding:
 
 # Source: the Messages API's errors; `error_code` where it gives one.
 _SPEND_CODES = ("enforced_spend_limit_reached", "contract_spend_limit_reached")
+# Matched at the start: further on a message may quote what the client wrote
 _CREDIT = re.compile(
-    r"(?i)specified (?:workspace )?API usage limits|workspace API usage limits"
-    r"|credit balance is too low"
+    r"(?i)you have reached your specified (?:workspace )?API usage limits"
+    r"|you have reached your workspace API usage limits|your credit balance is too low"
+)
+_NO_LOGIN = re.compile(
+    r"(?i)OAuth authentication is currently not supported|CORS requests are not allowed"
 )
 _ERROR_STATUS = {
     "invalid_request_error": 400,
@@ -3678,8 +3739,10 @@ def finding_of_answer(
         sign = Sign.SPEND
     elif status == 429 and stated:
         sign = Sign.MODEL_WINDOW if model and _names_model(limits) else Sign.WINDOW
-    elif status in (400, 403) and _CREDIT.search(message):
+    elif status in (400, 403) and _CREDIT.match(message):
         sign = Sign.CREDIT
+    elif status == 401 and _NO_LOGIN.match(message):
+        sign = Sign.REQUEST
     elif status == 404 and ("model:" in message or (model and model in message)):
         sign = Sign.MODEL
     return Finding(Phase.ANSWER, status, sign, kind)
@@ -3702,6 +3765,8 @@ def cooldown_key(rule: Rule, model: str, limits: Mapping[str, str]) -> str:
     """Return whose cooldown it is: "" the endpoint's, else that of a model bucket."""
     if rule.scope is not Scope.MODEL or not model:
         return ""
+    if rule.cooling == _TEN_MIN:
+        return f"={model.lower()[:64]}"  # of that very name, not of its class
     claim = limits.get("unified-representative-claim", "")
     whole = claim in _MODEL_CLAIMS and model_family(model)
     return whole or model_bucket(model)
@@ -3711,7 +3776,8 @@ def trouble_keys(model: str | None) -> tuple[str, ...]:
     """Return the keys of the cooldowns that concern a request for `model`."""
     if not model:
         return ("",)
-    return ("", model_bucket(model), model_family(model) or "-")
+    family = model_family(model) or "-"
+    return ("", model_bucket(model), family, f"={model.lower()[:64]}")
 
 
 _OUTSIDE = re.compile(
@@ -3815,7 +3881,8 @@ def refusal_for_exhaustion(
         text = f"x-claude-lb-endpoint: no endpoint {exhaustion.unknown} serves here"
         return RefusedError(400, text, close=False)
     if exhaustion.unserved:
-        text = f"no endpoint here serves the model {model}: served are"
+        wanted = f"the model {model}" if model else "a model that can't be read"
+        text = f"no endpoint here serves {wanted}: served are"
         return RefusedError(403, f"{text} {', '.join(served)}", close=False)
     if exhaustion.reset_s is None:
         return RefusedError(503, f"no endpoint may serve now: {states}", close=False)
@@ -4081,6 +4148,7 @@ class Live:
         "latency_ms",
         "limits",
         "limits_at",
+        "listed",
         "paused",
         "saved",
         "seen_at",
@@ -4091,9 +4159,11 @@ class Live:
         "why",
     )
 
-    def __init__(self, endpoint: Endpoint, index: int) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self.index = index
+        self.index = 0
+        #: It is in the configuration.
+        self.listed = False
         self.in_flight = self.used = self.succeeded = self.failed = 0
         self.used_at = self.saved = 0.0
         #: Monotonic: of the last evidence, and of the last failure.
@@ -4102,10 +4172,6 @@ class Live:
         self.history: collections.deque[tuple[float, float | None, str]]
         self.history = collections.deque(maxlen=HISTORY)
         self.paused = False
-        self.forget()
-
-    def forget(self) -> None:
-        """Know nothing of it: it is another service now."""
         self.answering: bool | None = None
         self.why = "nothing seen yet"
         self.latency_ms: float | None = None
@@ -4139,6 +4205,9 @@ class Live:
             return (
                 ""  # the same failure once more: it began before, or as a last resort
             )
+        if len(self.troubles) > TROUBLES:
+            self.tidy(math.inf)  # names are the clients' to invent
+            self.troubles[evidence.key] = trouble
         length_s = evidence.length_s(trouble.failures + 1, wanted_s)
         trouble.begin(rule, evidence.why, length_s, now)
         about = f" for {evidence.key}" if evidence.key else ""
@@ -4146,6 +4215,12 @@ class Live:
             f"{length_s:.0f} s" if math.isfinite(length_s) else "until it is changed"
         )
         return f"{self.endpoint.name} cools down{about}, {shown}: {rule.name}"
+
+    def tidy(self, now: float) -> None:
+        """Forget cooldowns of models that were over a minute before `now`."""
+        for key, trouble in tuple(self.troubles.items()):
+            if key and not trouble.in_flight and trouble.until + REPEAT_S < now:
+                del self.troubles[key]
 
     def recover(self, lease: Lease, now: float) -> bool:
         """After a cooldown each good answer lets twice as many attempts begin.
@@ -4197,8 +4272,9 @@ class Live:
             return "disabled"
         if self.paused:
             return "paused"
-        told = [t.told(k, now) for k, t in self.troubles.items()]
-        return "; ".join(told) or self.why
+        told = [t.told(k, now) for k, t in itertools.islice(self.troubles.items(), 4)]
+        more = len(self.troubles) - len(told)
+        return "; ".join(told + ([f"{more} more"] if more else [])) or self.why
 
     def snapshot(self, now: float) -> EndpointSnapshot:
         """Return a frozen copy."""
@@ -4246,11 +4322,6 @@ class Lease:
         #: What it tries out: whether that is over.
         self.troubles: dict[str, Trouble] = {}
 
-    def is_current(self) -> bool:
-        """Tell whether the endpoint is still the one that was asked."""
-        now = self.live.endpoint
-        return now is self.endpoint or same_service(now, self.endpoint)
-
 
 class Evidence(NamedTuple):
     """In what an attempt has failed."""
@@ -4290,8 +4361,8 @@ class _Plan:
     ) -> None:
         self.tiers = tiers
         self.models = models
-        #: `index` of the endpoint chosen last: each plan has turns of its own.
-        self.last = -1
+        #: `index` of the endpoint chosen last: each plan and lane has its own turns.
+        self.last = {Lane.MESSAGES: -1, Lane.COUNT: -1}
 
 
 def _last_resort(
@@ -4346,19 +4417,40 @@ class _Plans:
         return _Plan(tuple(map(tuple, ranked)), models)
 
 
+def _carried(before: Sequence[Live], endpoints: Sequence[Endpoint]) -> dict[str, Live]:
+    """Return the live state of endpoints, by name, that were there before.
+
+    Under another name too: names that were not given are numbered, and move when
+    one is taken out.
+    """
+    carried, left = {}, list(before)
+    for by_name in (True, False):
+        for endpoint in endpoints:
+            found = [
+                x
+                for x in left
+                if same_service(x.endpoint, endpoint)
+                and (not by_name or x.endpoint.name == endpoint.name)
+            ]
+            if endpoint.name not in carried and found:
+                carried[endpoint.name] = found[0]
+                left.remove(found[0])
+    return carried
+
+
 class _Memory:
-    """Where things were made and conversations are warm, by endpoint's name."""
+    """Where things were made, and conversations are warm."""
 
     def __init__(self) -> None:
         #: id of a thing -> its maker.
-        self._pins: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._pins: collections.OrderedDict[str, Live] = collections.OrderedDict()
         #: conversation -> its endpoint, and the monotonic end of its cache.
-        self._kept: collections.OrderedDict[str, tuple[str, float]]
+        self._kept: collections.OrderedDict[str, tuple[Live, float]]
         self._kept = collections.OrderedDict()
         #: Who succeeded last, and when.
-        self._good = ("", -math.inf)
+        self._good: tuple[Live, float] | None = None
 
-    def pin(self, ids: Sequence[str], maker: str) -> None:
+    def pin(self, ids: Sequence[str], maker: Live) -> None:
         """Remember who made the things that `ids` name."""
         for one in ids:
             self._pins[one] = maker
@@ -4370,28 +4462,31 @@ class _Memory:
         """Tell whether anything is pinned."""
         return bool(self._pins)
 
-    def maker_of(self, ids: Sequence[str]) -> str:
-        """Return who made one of the things, "" if nobody is known."""
-        return next((self._pins[i] for i in ids if i in self._pins), "")
+    def maker_of(self, ids: Sequence[str]) -> Live | None:
+        """Return who made one of the things, None if nobody is known."""
+        makers = [self._pins[i] for i in ids if i in self._pins]
+        return next((x for x in makers if x.listed), None)
 
-    def succeed(self, name: str, ask: Ask, since: float, now: float) -> None:
+    def succeed(self, live: Live, ask: Ask, since: float, now: float) -> None:
         """Take note of a good answer to a request that was sent at `since`."""
-        self._good = (name, now)
+        self._good = (live, now)
         if not ask.conversation:
             return
-        self._kept[ask.conversation] = (name, since + ask.ttl_s)
+        self._kept[ask.conversation] = (live, since + ask.ttl_s)
         self._kept.move_to_end(ask.conversation)
         while len(self._kept) > CONVERSATIONS:
             self._kept.popitem(last=False)
 
-    def keeper(self, ask: Ask, settings: BalancingSettings, now: float) -> str:
-        """Return whose cache is warm for a request, "" if nobody's."""
-        name, until = "", 0.0
-        if settings.affinity == "last_good":
-            name, until = self._good[0], self._good[1] + settings.idle_s
+    def keeper(self, ask: Ask, settings: BalancingSettings, now: float) -> Live | None:
+        """Return whose cache is warm for a request, None if nobody's."""
+        found = None
+        if settings.affinity == "last_good" and self._good is not None:
+            found = self._good[0], self._good[1] + settings.idle_s
         elif settings.affinity == "conversation":
-            name, until = self._kept.get(ask.conversation, ("", 0.0))
-        return name if now < until else ""
+            found = self._kept.get(ask.conversation)
+        if found is None or now >= found[1] or not found[0].listed:
+            return None
+        return found[0]
 
 
 class _Chooser:
@@ -4409,21 +4504,20 @@ class _Chooser:
         self._memory = memory
         self._chance = chance
         self._choose_by = STRATEGIES[config.balancing.strategy]
-        self._fixed = fixed_endpoint(config.enabled).name
+        self._fixed = lives[fixed_endpoint(config.enabled).name]
         self.plans = _Plans(config, lives)
-        #: Name of the endpoint that everything goes to; "": none.
-        self.manual = ""
+        #: The endpoint that everything goes to, by hand.
+        self.manual: Live | None = None
 
     def bound(self, ask: Ask) -> tuple[bool, Live | None]:
         """Tell whether one endpoint alone may serve, and which if it can."""
-        maker = self._memory.maker_of(ask.ids) if ask.ids else ""
-        if maker not in self._lives:
-            maker = ""  # it was removed: nobody has what it made
         fixed = ask.lane is Lane.FIXED or any(i.startswith("file_") for i in ask.ids)
-        default = self._fixed if fixed else self.manual
-        name = ask.forced or maker or default
-        live = self._lives.get(name)
-        return bool(name), live if live and live.endpoint.enabled else None
+        live = self._fixed if fixed else self.manual
+        live = self._memory.maker_of(ask.ids) or live
+        if ask.forced:
+            live = self._lives.get(ask.forced)
+        bound = bool(ask.forced) or live is not None
+        return bound, live if live is not None and live.endpoint.enabled else None
 
     def choose(
         self, ask: Ask, tried: Sequence[Endpoint], now: float, *, hindered: bool
@@ -4459,7 +4553,7 @@ class _Chooser:
         settings = self._config.balancing
         if settings.affinity == "off" or tried:
             return None
-        live = self._lives.get(self._memory.keeper(ask, settings, now))
+        live = self._memory.keeper(ask, settings, now)
         if live is None or not live.may_serve(keys, now):
             return None
         return live if any(live in tier for tier in plan.tiers) else None
@@ -4472,11 +4566,10 @@ class _Chooser:
             for one in ready:
                 if now - one.limits_at > LIMITS_S:
                     one.headroom = 1.0  # too old to go by: it gets a chance to tell
-        chosen = self._choose_by(ready, Turn(plan.last, self._chance(), threshold))
-        if ask.lane is not Lane.MESSAGES:
-            return chosen  # type: ignore[return-value]
-        plan.last = chosen.index
-        if self._choose_by is weighted:
+        turn = Turn(plan.last[ask.lane], self._chance(), threshold)
+        chosen = self._choose_by(ready, turn)
+        plan.last[ask.lane] = chosen.index
+        if self._choose_by is weighted and ask.lane is Lane.MESSAGES:
             for one in ready:
                 one.saved += one.endpoint.weight
             chosen.saved -= sum(x.endpoint.weight for x in ready)
@@ -4485,7 +4578,8 @@ class _Chooser:
     def following(self, now: float) -> Candidate | None:
         """Return whose turn it is, as far as that can be told."""
         plan = self.plans.of(None)
-        turn = Turn(plan.last, 0.0, self._config.balancing.switch_threshold_ms)
+        last = plan.last[Lane.MESSAGES]
+        turn = Turn(last, 0.0, self._config.balancing.switch_threshold_ms)
         for tier in plan.tiers:
             ready = [x for x in tier if x.may_serve(("",), now)]
             if ready:
@@ -4518,23 +4612,32 @@ class Pool:
     def configure(self, config: Config) -> None:
         """Take over another configuration; endpoints that stay keep their state."""
         with self._lock:
-            before, self._config = self._lives, config
+            before, self._config = list(self._lives.values()), config
+            carried = _carried(before, config.endpoints)
+            for live in before:
+                live.listed = False
             self._lives = {}
             for index, endpoint in enumerate(config.endpoints):
-                live = before.get(endpoint.name) or Live(endpoint, index)
-                if live.endpoint is not endpoint and not same_service(
-                    live.endpoint, endpoint
-                ):
-                    live.forget()
-                live.endpoint, live.index = endpoint, index
+                live = carried.get(endpoint.name) or Live(endpoint)
+                live.endpoint, live.index, live.listed = endpoint, index, True
                 self._lives[endpoint.name] = live
             former = getattr(self, "_chooser", None)
             self._chooser = _Chooser(config, self._lives, self._memory, self._chance)
             if former is not None:
                 self._chooser.plans.of(None).last = former.plans.of(None).last
-                if any(former.manual == e.name for e in config.enabled):
-                    self._chooser.manual = former.manual
+                manual = former.manual
+                if manual is not None and manual.listed and manual.endpoint.enabled:
+                    self._chooser.manual = manual
             self._note_hindered()
+
+    def tidy(self) -> None:
+        """Forget cooldowns of models that are long over; about once a second."""
+        now = self._clock()
+        with self._lock:
+            if self._model_troubles:
+                for live in self._lives.values():
+                    live.tidy(now)
+                self._note_hindered()
 
     def _note_hindered(self) -> None:
         """Bring up to date what lets the usual request skip every check."""
@@ -4586,9 +4689,8 @@ class Pool:
 
         None if the endpoint was removed or paused meanwhile.
         """
-        live = self._lives.get(lease.endpoint.name)
         with self._lock:
-            if live is not lease.live or live.paused or not lease.is_current():
+            if not lease.live.listed or lease.live.paused:
                 return None
             return self._take(lease.live, lease.ask, lease.model, self._clock())
 
@@ -4616,7 +4718,7 @@ class Pool:
             live.in_flight -= 1
             for trouble in lease.troubles.values():
                 trouble.in_flight -= 1
-            if evidence is None or not lease.is_current():
+            if evidence is None:
                 return ""
             live.seen_at = now
             if not evidence.key:
@@ -4644,8 +4746,6 @@ class Pool:
         """Take note that an attempt has begun to answer well; see `settle`."""
         live, ask, now = lease.live, lease.ask, self._clock()
         with self._lock:
-            if not lease.is_current():
-                return ""
             live.answering, live.why, live.seen_at = True, "answers", now
             if limits:
                 live.hear(limits, now)
@@ -4653,7 +4753,7 @@ class Pool:
                 return ""
             live.succeeded += 1
             live.felt(first_byte_ms, now)
-            self._memory.succeed(live.endpoint.name, ask, lease.since, now)
+            self._memory.succeed(live, ask, lease.since, now)
             return self._recover(lease, now) if live.troubles else ""
 
     def note(self, endpoint: Endpoint, *, answering: bool, why: str) -> None:
@@ -4666,7 +4766,9 @@ class Pool:
     def pin(self, ids: Sequence[str], maker: Endpoint) -> None:
         """Remember which endpoint made the things that `ids` name."""
         with self._lock:
-            self._memory.pin(ids, maker.name)
+            live = self._lives.get(maker.name)
+            if live is not None and same_service(live.endpoint, maker):
+                self._memory.pin(ids, live)
 
     def has_pins(self) -> bool:
         """Tell whether any request could name something pinned."""
@@ -4688,6 +4790,8 @@ class Pool:
             if live is None:
                 return False
             live.paused = paused
+            if not paused:
+                live.troubles = {}  # somebody says that it is well
             self._note_hindered()
             return True
 
@@ -4697,7 +4801,7 @@ class Pool:
             live = self._lives.get(name)
             if name and (live is None or not live.endpoint.enabled):
                 return False
-            self._chooser.manual = name
+            self._chooser.manual = live
             return True
 
     # -- looking at it -------------------------------------------------------
@@ -4725,9 +4829,11 @@ class Pool:
         with self._lock:
             lives = tuple(self._lives.values())
             following = self._chooser.following(now) or lives[0]
-            index = self._lives.get(self._chooser.manual, following).index
+            manual = self._chooser.manual
+            index = (manual or following).index
             states = tuple(x.snapshot(now) for x in lives)
-            return PoolSnapshot(states, index, self._exchanges, self._chooser.manual)
+            name = manual.endpoint.name if manual is not None else ""
+            return PoolSnapshot(states, index, self._exchanges, name)
 
 
 # ============================================================================
@@ -6364,7 +6470,7 @@ class Share:
         self._followers: list[Follower] = []
         self._begun: tuple[AnswerHead, Endpoint] | None = None
         #: What late followers get first: the body so far.
-        self._history = b""
+        self._history = bytearray()
         self._open = True
 
     def join(self, sharer: Sharer) -> None:
@@ -6382,7 +6488,7 @@ class Share:
     def _lead(self, sharer: Sharer, answer: AnswerHead, endpoint: Endpoint) -> None:
         follower = sharer.share_begins(answer, endpoint)
         self._followers.append(follower)
-        follower.send(self._history)
+        follower.send(bytes(self._history))
 
     def begin(self, answer: AnswerHead, endpoint: Endpoint) -> None:
         """Pass the head on."""
@@ -6397,13 +6503,14 @@ class Share:
             self._history += data
             if len(self._history) > HISTORY_BYTES:
                 self._close()
+        self._followers = [f for f in self._followers if f.is_there()]
         for follower in self._followers:
             follower.send(data)
 
     def _close(self) -> None:
         """Take no more followers."""
         if self._open:
-            self._open, self._history = False, b""
+            self._open, self._history = False, bytearray()
             self._shares.pop(self._key, None)
 
     def end(self, outcome: Outcome, reason: str) -> None:
@@ -6447,10 +6554,16 @@ class Follower:
 
     def send(self, data: bytes) -> None:
         """Send what the client takes now, and keep the rest."""
+        if not self._relay.owns(self):
+            return  # it has hung up
         self._backlog += data
         self.on_client(selectors.EVENT_WRITE)
         if len(self._backlog) > HISTORY_BYTES:
             self._end(Outcome.CLIENT_CANCELLED, "the client reads too slowly")
+
+    def is_there(self) -> bool:
+        """Tell whether its client has not hung up."""
+        return self._relay.owns(self)
 
     def finish(self, outcome: Outcome, reason: str) -> None:
         """End when the client has everything."""
@@ -6738,13 +6851,41 @@ _RESULTS_URL = re.compile(
 _BODY_FIELDS = frozenset([b"content-length", b"content-type", b"transfer-encoding"])
 
 
-def model_name(request: ClientRequest) -> str:
-    """Return the model that a request names, "" where it can't be told."""
-    found = model_of(request.body)
-    return found[0] if found else ""
+class Contents:
+    """What is read of a request's body, once and only when it is asked for."""
+
+    __slots__ = ("_members", "_request")
+
+    def __init__(self, request: ClientRequest) -> None:
+        self._request = request
+        self._members: dict[str, Member] | None = None
+
+    def members(self) -> dict[str, Member]:
+        """Return where the body's values are."""
+        if self._members is None:
+            self._members = top_level(self._request.body)
+        return self._members
+
+    def model(self) -> str:
+        """Return the model that the body names, "" where it can't be told."""
+        found = model_of(self._request.body, self.members())
+        return found[0] if found else ""
+
+    def conversation(self) -> str:
+        """Return the key of the conversation, "" where it can't be told."""
+        body, values = self._request.body, self._request.head.values
+        return session_key(values) or conversation_key(body, self.members())
+
+    def with_model(self, model: str | None) -> bytes | bytearray:
+        """Return the body with the name of the model that a route wants sent."""
+        body = self._request.body
+        found = model_of(body, self.members()) if model is not None else None
+        if found is None or model is None or found[0] == model:
+            return body
+        return with_value(body, found[1], model)
 
 
-def make_ask(request: ClientRequest, services: Services) -> Ask:
+def make_ask(request: ClientRequest, contents: Contents, services: Services) -> Ask:
     """Return what a request wants of the pool."""
     head, pool = request.head, services.pool
     ids: tuple[str, ...] = ()
@@ -6754,20 +6895,11 @@ def make_ask(request: ClientRequest, services: Services) -> Ask:
     forced = head.values.get(b"x-claude-lb-endpoint", "")
     if head.lane is Lane.FIXED:
         return Ask(head.lane, ids=ids, forced=forced)
-    model = model_name(request) if pool.needs_model() else ""
+    model = contents.model() if pool.needs_model() else ""
     key, ttl_s = "", 0.0
     if services.config.balancing.affinity == "conversation":
-        key = conversation_key(head.values, request.body)
-        ttl_s = cache_ttl_s(request.body)
+        key, ttl_s = contents.conversation(), cache_ttl_s(request.body)
     return Ask(head.lane, model or None, ids, key, ttl_s, forced)
-
-
-def body_to_send(request: ClientRequest, model: str | None) -> bytes | bytearray:
-    """Return the body with the name of the model that a route wants sent."""
-    found = model_of(request.body) if model is not None else None
-    if found is None or model is None or found[0] == model:
-        return request.body
-    return with_value(request.body, found[1], model)
 
 
 def head_to_send(
@@ -6831,7 +6963,7 @@ class Course:
     def _is_worth_waiting(self, request: ClientRequest, services: Services) -> bool:
         """Tell whether the client will still wait after the pause."""
         stated = request.head.values.get(b"x-stainless-timeout", "")
-        patience_s = float(stated) if stated.isdigit() else math.inf
+        patience_s = float(stated) if re.fullmatch(r"[0-9]{1,9}", stated) else math.inf
         pause_s = self.pause_s(services.config.failover)
         return services.relay.now - request.since + pause_s < patience_s
 
@@ -7147,6 +7279,7 @@ class _Ledger:
         self._request_bytes = len(request.body)
         self._request = request
         self._held = held  # bytes of the body that count against the budget
+        self._contents = Contents(request)
         self._course = Course()
         self._aside = Aside(services)
         self._lease: Lease | None = None  # the attempt that is counted in
@@ -7258,6 +7391,7 @@ class _Ledger:
             self._held = 0
         if len(self._request.body) > READ_BYTES:
             self._request = self._request._replace(body=b"")
+            self._contents = Contents(self._request)
 
     def _end(self, status: int, outcome: Outcome, reason: str, sent: int = 0) -> None:
         """Count the exchange out and write its line, once."""
@@ -7298,10 +7432,7 @@ class _Ledger:
 
 
 class Exchange(_Ledger):
-    """One client request with its attempts and its answer.
-
-    Lives in the relay's thread, but for `_connect`.
-    """
+    """One client request, in the relay's thread but for `_connect`."""
 
     def __init__(
         self,
@@ -7327,7 +7458,7 @@ class Exchange(_Ledger):
     def _begin(self) -> None:
         """Begin the first attempt."""
         request, services = self._request, self._services
-        self._ask = make_ask(request, services)
+        self._ask = make_ask(request, self._contents, services)
         if services.log.shows(services.log.detail):
             self._tell(f"{request.id} begins", path=request.head.path)
         lease = services.pool.reserve(self._ask)
@@ -7407,7 +7538,7 @@ class Exchange(_Ledger):
         if self._over or self._lease is None:
             services.relay.close(upstream)
             return
-        body = body_to_send(request, self._lease.model)
+        body = self._contents.with_model(self._lease.model)
         head = head_to_send(request, upstream.endpoint, services.via, len(body))
         self._gate = SseGate()
         self._attempt = Attempt(services.relay, self._client, upstream, self)
@@ -7443,7 +7574,8 @@ class Exchange(_Ledger):
         elif step is Verdict.FRESH and lease is not None:
             following = services.pool.again(lease)
         goes_on = following is not None or step is Verdict.RETRY
-        if goes_on and rule.budgeted and not services.pool.may_repeat():
+        counts = rule.budgeted and self._lane is Lane.MESSAGES  # others cost nothing
+        if goes_on and counts and not services.pool.may_repeat():
             goes_on = False
         self._tell(
             f"{self._request.id} {course.tried[-1].name} failed",
@@ -7553,8 +7685,10 @@ class Exchange(_Ledger):
     ) -> None:
         """Do what the table says after an error answer."""
         self._attempt = None
-        settings, model = self._services.config.failover, model_name(self._request)
-        self._ask = self._ask._replace(model=model or None)  # it counts from here on
+        settings, model = self._services.config.failover, self._ask.model or ""
+        if not model and answer.status in MODEL_STATUSES:
+            model = self._contents.model()
+            self._ask = self._ask._replace(model=model or None)
         evidence = evidence_of(answer, body, model, settings)
         rule = evidence.rule
         if not upstream.whole:  # an answer to the upload of a long body: not again
@@ -8185,6 +8319,7 @@ class Reloader:
         self._path = path
         self._asked: queue.SimpleQueue[queue.SimpleQueue[tuple[str, ...]] | None]
         self._asked = queue.SimpleQueue()
+        self._stopped = False
         self._loaded = self._seen = self._mark()
         #: What was wrong with the file when it was read last.
         self.faults: tuple[str, ...] = ()
@@ -8197,10 +8332,18 @@ class Reloader:
         """Read the file now; return its faults.  From any thread."""
         answer: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
         self._asked.put(answer)
-        return answer.get()
+        while not self._stopped:
+            with contextlib.suppress(queue.Empty):
+                return answer.get(timeout=WATCH_S)
+        return ("the proxy is being stopped",)
+
+    def ask(self) -> None:
+        """Have the file read soon."""
+        self._asked.put(queue.SimpleQueue())
 
     def stop(self) -> None:
         """Watch no longer."""
+        self._stopped = True
         self._asked.put(None)
 
     def _mark(self) -> tuple[int, ...]:
@@ -8786,7 +8929,8 @@ class Server(http.server.ThreadingHTTPServer):
 
         From any thread but the relay's, which swaps it in one step.
         """
-        config = with_known_endpoints(config, self.config.endpoints)
+        told = (*left_for_restart(self.config, config), *config.warnings)
+        config = followed_by(self.config, config)
         contexts = trust_contexts(config)
         done = threading.Event()
 
@@ -8797,7 +8941,8 @@ class Server(http.server.ThreadingHTTPServer):
                 done.set()
 
         new = [e for e in config.enabled if e not in self.config.endpoints]
-        self._tell_restart(config)
+        for text in told:
+            self.log.write("warn", text)
         if self.relay.tell(swap):
             done.wait()
             self._greet_aside(new)
@@ -8814,17 +8959,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.reception.configure(self.services, self.access)
         self.log.configure(config.log)
 
-    def _tell_restart(self, config: Config) -> None:
-        """Say what a running program cannot take over."""
-        for name in ("host", "port"):
-            if getattr(config.server, name) != getattr(self.config.server, name):
-                self.log.write("warn", f"server.{name} counts from the next start")
-        for name in ("file", "color"):
-            if getattr(config.log, name) != getattr(self.config.log, name):
-                self.log.write("warn", f"log.{name} counts from the next start")
-        for warning in config.warnings:
-            self.log.write("warn", warning)
-
     def _note_sleep(self) -> None:
         """Find out that the machine slept: the monotonic clock stood still."""
         drift_s = _clock_drift_s()
@@ -8835,6 +8969,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _keep_house(self) -> None:
         """Do what is due about once a second, in the relay's thread."""
         self._note_sleep()
+        self.services.pool.tidy()
         self.services.upstreams.expire()
         self.log.reopen_if_moved()
         if self._spare is None:
@@ -9320,6 +9455,9 @@ FAULTS = (
             body=_error("rate_limit_error", code="enforced_spend_limit_reached")),
     _status(400, "credit", Sign.CREDIT,
             body=_error("invalid_request_error", "Your credit balance is too low")),
+    _status(401, "OAuth", Sign.REQUEST,
+            body=_error("authentication_error", "OAuth authentication is currently not"
+                        " supported.")),
     _status(404, "model", Sign.MODEL,
             body=_error("not_found_error", f"model: {_ASKED_MODEL}")),
     *(_status(status, "") for status in (400, 401, 402, 403, 404, 409, 413, 422)),
@@ -10117,7 +10255,7 @@ def cmd_serve(config: Config, read: Callable[[], Config]) -> int:
         if server.reloader is None:
             log.write("warn", "SIGHUP: there is no configuration file to read again")
         else:
-            server.reloader.reload()
+            server.reloader.ask()
     log.write("info", "asked to stop: finishing what runs")
     server.stop(grace_s=server.config.server.drain_s)
     log.write("info", "stopped")

@@ -24,9 +24,12 @@ Tests, in the order of the default run:
     tls-NAME          the same with TLS to the upstreams
     memory            idle, per idle keep-alive connection, per open stream
     start             from exec to the first answer
+    choosing          what choosing an endpoint costs inside the proxy
+    failover          what an endpoint at fault adds to the time to the first byte
 
 shortN, largeN and sNxR take any numbers.  Each stream must bring every event, in
-order, and end with message_stop.  The exit status is 1 when an answer or an event
+order, and end with message_stop.  The two last tests are of claude_lb alone: they
+set their figures beside the goals.  The exit status is 1 when an answer or an event
 is missing or wrong, never because something is slow.
 """
 
@@ -35,6 +38,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import heapq
+import importlib.util
 import json
 import os
 import platform
@@ -56,8 +60,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
 
 # ============================================================================
@@ -70,6 +75,7 @@ from typing import Any, Callable, NamedTuple
 
 READ_BYTES = 262_144
 OPEN_FILES = 20_000
+MODEL = "claude-sonnet-4-5-20250929"
 
 REQUEST_FIELDS = """\
 accept: application/json
@@ -128,7 +134,9 @@ _MESSAGE = (
 )
 
 
-def request_body(size: int, session: int, events: int = 0, delay_ms: int = 0) -> bytes:
+def request_body(
+    size: int, session: int, events: int = 0, delay_ms: int = 0, model: str = MODEL
+) -> bytes:
     """Return a Messages request of about `size` bytes for conversation `session`.
 
     With `events` it asks for a stream of so many deltas, `delay_ms` apart.
@@ -143,7 +151,7 @@ def request_body(size: int, session: int, events: int = 0, delay_ms: int = 0) ->
         turns.append({"role": role, "content": [{"type": "text", "text": text}]})
         length += len(text) + 80
     body = {
-        "model": "claude-sonnet-4-5-20250929",
+        "model": model,
         "max_tokens": 32_000,
         "messages": turns,
         "metadata": {"user_id": f"bench_e{events}_d{delay_ms}_session_{session}"},
@@ -172,6 +180,16 @@ def json_answer() -> bytes:
     body = (_MESSAGE % (text, '"end_turn"', 150)).encode()
     head = answer_head("content-type: application/json", f"content-length: {len(body)}")
     return head + body
+
+
+def overloaded_answer() -> bytes:
+    """Return the answer of an API without capacity, a 529."""
+    error = (
+        '{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}'
+    )
+    length = f"content-length: {len(error)}"
+    head = answer_head("content-type: application/json", length)
+    return head.replace(b"200 OK", b"529 Overloaded", 1) + error.encode()
 
 
 def sse_chunk(name: str, data: str) -> bytes:
@@ -243,6 +261,10 @@ def raise_file_limit() -> None:
 # in a process of its own and ends when its standard input does.
 
 _JSON_ANSWER = json_answer()
+_OVERLOADED = overloaded_answer()
+#: Requests that begin so get the 529.
+OVERLOADED_PATH = "/overloaded"
+_OVERLOADED_START = b"POST " + OVERLOADED_PATH.encode()
 _OPENING = stream_opening()
 _BEFORE_MARK, _AFTER_MARK = stream_delta()
 _CLOSING = stream_closing()
@@ -318,11 +340,14 @@ class UpstreamConnection:
             if len(self.inbox) < self.need:
                 return
             is_head = self.inbox.startswith(b"HEAD ")
+            is_faulty = self.inbox.startswith(_OVERLOADED_START)
             tail = bytes(self.inbox[max(0, self.need - 256) : self.need])
             plan = STREAM_PLAN.search(tail)
             del self.inbox[: self.need]
             self.need = 0
-            if plan:
+            if is_faulty:
+                self.send(_OVERLOADED)
+            elif plan:
                 self._begin(int(plan[1]), int(plan[2]) / 1000)
             elif is_head:
                 self.send(_JSON_ANSWER[: _JSON_ANSWER.index(b"\r\n\r\n") + 4])
@@ -458,6 +483,7 @@ class Load:
     body_bytes: int = 1024
     events: int = 0
     delay_ms: int = 0
+    faulty: int = 0  # every so many-th connection meets an endpoint at fault first
     ramp_s: float = 0.0  # the connections are opened evenly over this time
     deadline_s: float = 30.0  # the run ends here whatever is missing
 
@@ -467,6 +493,7 @@ class Answer:
 
     def __init__(self) -> None:
         self.status = 0
+        self.failed_over = False  # more than one attempt was made for it
         self.done = False
         self.reusable = True
         self._buffer = b""
@@ -503,6 +530,7 @@ class Answer:
             raise ValueError("not HTTP")
         self.status = int(head[9:12])
         self.reusable = b"\r\nconnection: close" not in low
+        self.failed_over = b"\r\nx-claude-lb-attempts:" in low
         self._chunked = b"\r\ntransfer-encoding: chunked" in low
         length = _LENGTH.search(low)
         if length and not self._chunked:
@@ -544,7 +572,7 @@ class ClientConnection:
         self.request = request
         self.unsent = memoryview(b"")
         self.answer = Answer()
-        self.started_ns = 0
+        self.started_ns = self.first_ns = 0
         self.sequence = 0
         self.tail = b""
         self.fresh = True
@@ -672,6 +700,7 @@ class LoadClient:
         self.problems: Counter[str] = Counter()
         self.answer_ns: list[int] = []
         self.first_ns: list[int] = []
+        self.failover_ns: list[int] = []  # of `first_ns` those that failed over
         self.event_ns: list[int] = []
         self.reconnects = 0
         self.done = 0
@@ -709,8 +738,10 @@ class LoadClient:
     def _open(self, target: int) -> None:
         while self._opened < target:
             load = self.load
+            faulty = load.faulty and self._opened % load.faulty == 0
+            model = f"faulty-{self._opened}" if faulty else MODEL
             body = request_body(
-                load.body_bytes, self._opened, load.events, load.delay_ms
+                load.body_bytes, self._opened, load.events, load.delay_ms, model
             )
             self._opened += 1
             try:
@@ -732,7 +763,8 @@ class LoadClient:
 
     def first_byte(self, connection: ClientConnection) -> None:
         """Note the time to the first byte, and tell when all streams are open."""
-        self.first_ns.append(time.monotonic_ns() - connection.started_ns)
+        connection.first_ns = time.monotonic_ns() - connection.started_ns
+        self.first_ns.append(connection.first_ns)
         if self.load.kind == "streams":
             self._begun += 1
             self.peak = max(self.peak, self._begun)
@@ -743,6 +775,8 @@ class LoadClient:
         """Count the answer that ended; ask again if the run is of that kind."""
         self.answer_ns.append(time.monotonic_ns() - connection.started_ns)
         self.done += 1
+        if connection.answer.failed_over:
+            self.failover_ns.append(connection.first_ns)
         problem = connection.problem()
         if problem:
             self.note(problem)
@@ -792,6 +826,8 @@ class LoadClient:
             "events": len(self.event_ns),
             "elapsed_s": elapsed_s,
             "peak": self.peak,
+            "failed_over": len(self.failover_ns),
+            "failover_ms": _quantiles(self.failover_ns),
             "reconnects": self.reconnects,
             "answer_ms": _quantiles(self.answer_ns),
             "first_ms": _quantiles(self.first_ns),
@@ -1039,6 +1075,9 @@ class Recipe:
 class Target:
     """A running proxy, or the way without one."""
 
+    #: What claude_lb's configuration file holds besides the usual.
+    settings: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+
     def __init__(self, recipe: Recipe, upstreams: Upstreams, log: bool) -> None:
         self.name = recipe.name
         self.start_s = 0.0
@@ -1103,8 +1142,9 @@ class Target:
                 endpoint["caFile"] = str(self._upstreams.certificate)
             endpoints.append(endpoint)
         level = "info" if self._log else "warning"
+        document = {"endpoints": endpoints, "log": {"level": level}, **self.settings}
         path = self._folder / "endpoints.json"
-        path.write_text(json.dumps({"endpoints": endpoints, "log": {"level": level}}))
+        path.write_text(json.dumps(document))
         path.chmod(0o600)
         return path
 
@@ -1149,10 +1189,13 @@ class Target:
 
 DEFAULT_TESTS = (
     "short1,short32,large8,s100x20,s1000x5,"
-    "tls-short1,tls-short32,tls-s100x20,memory,start"
+    "tls-short1,tls-short32,tls-s100x20,memory,start,choosing,failover"
 )
-QUICK_TESTS = "short1,short32,large8,s100x20,tls-short32,memory,start"
-TEST_NAME = re.compile(r"(tls-)?(?:(short|large)(\d+)|s(\d+)x(\d+)|memory|start)")
+QUICK_TESTS = "short1,short32,large8,s100x20,tls-short32,memory,start,choosing,failover"
+OWN_TESTS = "choosing|failover"  # of claude_lb alone
+TEST_NAME = re.compile(
+    rf"(tls-)?(?:(short|large)(\d+)|s(\d+)x(\d+)|memory|start)|{OWN_TESTS}"
+)
 LARGE_BYTES = 200_000
 
 
@@ -1167,9 +1210,11 @@ class Scale:
     idle_connections: int = 500
     held_streams: int = 2000
     starts: int = 5
+    repetitions: int = 12  # of each way to choose
+    failover_s: float = 3.0
 
 
-QUICK = Scale(1, 0.7, 2.5, 1.5, 200, 500, 2)
+QUICK = Scale(1, 0.7, 2.5, 1.5, 200, 500, 2, 3, 1.0)
 
 
 class Test(NamedTuple):
@@ -1177,7 +1222,7 @@ class Test(NamedTuple):
 
     name: str
     scheme: str
-    kind: str  # "short", "large", "streams", "memory", "start"
+    kind: str  # "short", "large", "streams", or its name
     connections: int = 0
     rate: int = 0
 
@@ -1334,7 +1379,177 @@ def _warm_up(target: Target) -> None:
 
 
 # ============================================================================
-# 7. RUN
+# 7. CHOOSING
+# ============================================================================
+#
+# In this process, without a network: what a request costs from `make_ask` to
+# `Pool.release`.  Added is what goes beyond one endpoint and round-robin.
+
+#: Endpoints -> microseconds that choosing may add to a request.
+CHOOSING_GOALS_US = {10: 10.0, 1000: 60.0}
+
+
+class Choice(NamedTuple):
+    """One way to choose, and what is asked."""
+
+    settings: dict[str, Any]
+    session: str = ""  # in the head: "known", or "new" with each request
+    body_bytes: int = 1024
+    cooling: str = ""  # the row by which one endpoint cools down
+    limits: bytes = b""  # what the answers state
+
+
+def choices() -> dict[str, Choice]:
+    """Return all choices by name; the first is the usual one."""
+    names = "round_robin weighted random least_used least_busy headroom fastest"
+    by_head = {"balancing": {"affinity": "conversation"}}
+    routes = {"*haiku*": [{"endpoint": "e0"}], "*": [{"group": "all"}]}
+    stated = ANSWER_FIELDS.replace("\n", "\r\n").encode()
+    return {
+        **{n: Choice({"balancing": {"strategy": n}}) for n in names.split()},
+        "answers state limits": Choice({}, limits=stated),
+        "one endpoint cools down": Choice({}, cooling="server-error"),
+        "one model does, 50 KB": Choice({}, "", 50_000, "overloaded"),
+        "last_good": Choice({"balancing": {"affinity": "last_good"}}),
+        "conversation, known": Choice(by_head, "known"),
+        "conversation, new": Choice(by_head, "new"),
+        "conversation by body, 50 KB": Choice(by_head, "", 50_000),
+        "routes, 50 KB": Choice({"routes": routes}, "", 50_000),
+    }
+
+
+class Chooser:
+    """The proxy's module, set up for one choice."""
+
+    def __init__(self, lb: Any, choice: Choice, endpoints: int) -> None:
+        self._lb, self._choice, self._asked = lb, choice, 0
+        each = [{"name": f"e{i}", "baseURL": "http://[::1]"} for i in range(endpoints)]
+        group = {"name": "all", "authToken": "sk-ant-bench", "endpoints": each}
+        text = json.dumps({"groups": [group], **choice.settings})
+        source = SimpleNamespace(proxy_for=lambda _host: None)
+        config = lb.parse_config(text, name="bench.json", source=source)
+        self._pool = lb.Pool(config)
+        self._services = SimpleNamespace(pool=self._pool, config=config)
+        self._body = request_body(choice.body_bytes, 0)
+        for rule in (r for r in lb.RULES if r.name == choice.cooling):
+            key = lb.model_bucket(MODEL) if rule.scope is lb.Scope.MODEL else ""
+            lease = self._pool.reserve(lb.Ask(lb.Lane.MESSAGES, MODEL))
+            self._pool.settle(lease, lb.Evidence(rule, "bench", key, 3600.0))
+        self._once = self._request()
+        self.count = max(5, min(1000, int(0.1e6 / self.run(20))))  # 0.1 s at most
+        self.run(2 * self.count)  # so that every endpoint has its measures
+
+    def _request(self) -> Any:
+        self._asked += 1
+        head = request_bytes(9, self._body)[: -len(self._body) - 2]
+        if self._choice.session:
+            head += b"x-claude-code-session-id: %036d\r\n" % self._asked
+        read, _length = self._lb.parse_request_head(head + b"\r\n")
+        return self._lb.ClientRequest("bench", read, self._body, 0.0)
+
+    def run(self, count: int) -> float:
+        """Choose `count` times; return the CPU microseconds of one."""
+        requests = [self._once] * count
+        if self._choice.session == "new":
+            requests = [self._request() for _ in range(count)]
+        pool, services, limits = self._pool, self._services, self._choice.limits
+        make_ask, contents = self._lb.make_ask, self._lb.Contents
+        began = time.thread_time()
+        for request in requests:
+            pool.enter()
+            lease = pool.reserve(make_ask(request, contents(request), services))
+            pool.gain(lease, 120.0, limits)
+            pool.settle(lease, None)
+            pool.release()
+        return (time.thread_time() - began) / count * 1e6
+
+
+def choose(path: Path, repetitions: int) -> Iterator[dict[str, Any]]:
+    """Yield the figures of the module at `path`: the best of interleaved repetitions."""
+    spec = importlib.util.spec_from_file_location("claude_lb", path)
+    lb = sys.modules["claude_lb"] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(lb)  # type: ignore[union-attr]
+    for endpoints, goal_us in CHOOSING_GOALS_US.items():
+        wanted = choices()
+        choosers = [Chooser(lb, next(iter(wanted.values())), 1)]
+        choosers += [Chooser(lb, choice, endpoints) for choice in wanted.values()]
+        runs = [[c.run(c.count) for c in choosers] for _ in range(repetitions)]
+        least, *others = map(min, zip(*runs))
+        for name, us in zip(wanted, others):
+            row = {"choice_us": us, "added_us": us - least, "goal_us": goal_us}
+            yield {**row, "name": f"{name}, {endpoints:,}", "problems": {}}
+
+
+# ============================================================================
+# 8. FAILOVER
+# ============================================================================
+#
+# 50 clients stream without a pause, far below what the proxy can carry: short requests
+# in closed loops would show their own queue.  Each that is to meet the fault names a
+# model of its own, routed to an endpoint at fault and then to the healthy one; so each
+# request meets it, though an endpoint that recovers gets one attempt at a time.
+
+FAILOVER_CLIENTS = 50
+
+
+class Fault(NamedTuple):
+    """What an endpoint does, and how the proxy is to take it."""
+
+    name: str
+    port: str
+    settings: dict[str, Any]
+    every: int  # so many-th client meets it: 529 is repeated for a fifth of all at most
+    pause_ms: float
+    goal_ms: float
+
+
+FAULTS = (
+    Fault("refused", "refused", {}, 1, 0.0, 5.0),
+    Fault("529", "overloaded", {"retries": 0}, 10, 0.0, 50.0),
+    Fault("529, retried", "overloaded", {"retryDelayMs": 100}, 10, 100.0, 50.0),
+)
+
+
+def failover_settings(fault: Fault, upstreams: Upstreams) -> dict[str, Any]:
+    """Return what the configuration file holds for `fault`."""
+    good, other = (f"http://127.0.0.1:{port}" for port in upstreams.ports)
+    bad = other + OVERLOADED_PATH
+    if fault.port == "refused":
+        bad = f"http://127.0.0.1:{free_port()}"
+    names = [f"faulty-{i}" for i in range(FAILOVER_CLIENTS)]
+    urls = {"good": good, **dict.fromkeys(names, bad)}
+    second: dict[str, Any] = {"endpoint": "good", "priority": 2}
+    return {
+        "endpoints": [
+            {"name": name, "baseURL": url, "authToken": "sk-ant-bench"}
+            for name, url in urls.items()
+        ],
+        "routes": {
+            "*": [second],
+            **{name: [{"endpoint": name, "priority": 1}, second] for name in names},
+        },
+        "failover": {"cooldown": 0, **fault.settings},
+    }
+
+
+def measure_failover(fault: Fault, target: Target, seconds: float) -> dict[str, Any]:
+    """Return what `fault` adds to the same load on the healthy endpoint alone."""
+    load = Load("requests", target.port, FAILOVER_CLIENTS, seconds, events=2)
+    load = replace(load, delay_ms=50, ramp_s=0.4)
+    healthy = run_load(load, lambda _phase, _events: None)
+    row = run_load(replace(load, faulty=fault.every), lambda _phase, _events: None)
+    row["goal_ms"] = fault.goal_ms
+    if not row.get("failed_over") or not healthy.get("done"):
+        row["problems"] = row["problems"] or {"no figures": 1}
+        return row
+    for point in ("p50", "p99"):
+        row[f"healthy_{point}"] = usual = healthy["first_ms"][point]
+        row[f"failover_{point}"] = row["failover_ms"][point] - usual - fault.pause_ms
+    return row
+
+
+# ============================================================================
+# 9. RUN
 # ============================================================================
 
 
@@ -1345,6 +1560,7 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.proxy = Path()  # the module that chooses
         self._recipes = recipes
         self._scale = scale
         self._log = log
@@ -1361,6 +1577,12 @@ class Bench:
                 self._run_memory(test)
             elif test.kind == "start":
                 self._run_start(test)
+            elif test.kind == "choosing":
+                for row in choose(self.proxy, self._scale.repetitions):
+                    self._keep(row, test, row["name"], 0)
+            elif test.kind == "failover":
+                for fault in FAULTS:
+                    self._run_failover(test, fault)
             else:
                 self._run_rounds(test)
 
@@ -1449,18 +1671,35 @@ class Bench:
                 target.stop()
                 self._keep(row, test, recipe.name, number)
 
+    def _run_failover(self, test: Test, fault: Fault) -> None:
+        upstreams = self._upstreams[test.scheme]
+        for recipe in (r for r in self._recipes if r.name == "claude_lb"):
+            target = Target(recipe, upstreams, self._log)
+            target.settings = failover_settings(fault, upstreams)
+            try:
+                target.start()
+                _warm_up(target)
+                for number in range(self._scale.rounds):
+                    row = measure_failover(fault, target, self._scale.failover_s)
+                    self._keep(row, test, fault.name, number)
+            except (RuntimeError, OSError) as error:
+                self.problems.append(str(error))
+            finally:
+                target.stop()
+
     def _keep(self, row: dict[str, Any], test: Test, name: str, number: int) -> None:
         row.update(test=test.name, target=name, round=number + 1)
         self.rows.append(row)
         for problem, count in row["problems"].items():
             self.problems.append(f"{test.name}, {name}: {problem} ({count} times)")
-        figure = row.get("cpu_us") or row.get("start_ms") or row.get("idle_rss_mb")
+        names = ("cpu_us", "start_ms", "idle_rss_mb", "choice_us", "failover_p50")
+        figure = next((row[key] for key in names if row.get(key)), None)
         words = f"{figure:.1f}" if figure else "-"
         print(f"{test.name} {name} {number + 1}: {words}", file=sys.stderr)
 
 
 # ============================================================================
-# 8. REPORT
+# 10. REPORT
 # ============================================================================
 
 
@@ -1550,7 +1789,7 @@ def render(summaries: list[dict[str, Any]]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n" if work else ""
-    return text + _render_footprint(summaries)
+    return text + _render_footprint(summaries) + _render_goals(summaries)
 
 
 def _render_footprint(summaries: list[dict[str, Any]]) -> str:
@@ -1580,6 +1819,29 @@ def _render_footprint(summaries: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _render_goals(summaries: list[dict[str, Any]]) -> str:
+    """Return what choosing (microseconds) and failing over (ms) add, beside goals."""
+    lines = [
+        "| added by | in all, or healthy p50, p99 | added (p50) | p99 | goal |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for item in (s for s in summaries if "goal_us" in s or "failover_p50" in s):
+        unit, keys = "us", ["choice_us", "added_us"]
+        if "failover_p50" in item:
+            unit, keys = "ms", ["healthy_p50", "healthy_p99"]
+            keys += ["failover_p50", "failover_p99"]
+        cells = [_cell(item, key, 1) for key in keys]
+        if unit == "ms":
+            cells[:2] = [", ".join(cells[:2])]
+        goal = item[f"goal_{unit}"]["median"]
+        missed = (
+            " missed" if item[keys[-1 if unit == "us" else 2]]["median"] > goal else ""
+        )
+        cells += ["-"] * (3 - len(cells)) + [f"{goal:.0f} {unit}{missed}"]
+        lines.append(f"| {item['test']} {item['target']} | {' | '.join(cells)} |")
+    return "\n" + "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
 def machine() -> dict[str, Any]:
     """Return what the figures depend on."""
     model = platform.processor() or platform.machine()
@@ -1600,7 +1862,7 @@ def machine() -> dict[str, Any]:
 
 
 # ============================================================================
-# 9. CLI
+# 11. CLI
 # ============================================================================
 
 
@@ -1679,6 +1941,7 @@ def main(arguments: list[str] | None = None) -> int:
     atexit.register(end_all)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     bench = Bench(make_recipes(options), scale, options.info_log)
+    bench.proxy = options.proxy.resolve()
     try:
         bench.run(tests)
     finally:
