@@ -153,6 +153,7 @@ CHANGE_BYTES = 64 * 1024  # the body of a POST to a path of our own
 EDIT_BYTES = 4 * 1024 * 1024  # batch objects longer than this pass unedited
 PIN_BYTES = 64 * 1024  # how much of an answer is searched for ids
 PINS = 10_000
+CONTAINERS = 64  # ids that one stream can pin
 INTERIM_ANSWERS = 10  # 1xx heads before the final one
 
 HEAD_S = 10.0  # a request head, from its first byte
@@ -177,6 +178,7 @@ COMMAND_S = 10.0  # authTokenCommand
 RETRY_AFTER_S = 1  # only with a 503 for our own capacity
 HISTORY_BYTES = 4 * 1024 * 1024  # of a shared answer, kept for late followers
 GATE_BYTES = 256 * 1024  # of an event stream, held back until its first content
+EARLY_BYTES = 8 * 1024 * 1024  # a longer upload that is cut short is not repeated
 ERROR_BYTES = 64 * 1024  # of an error's body, read to judge it
 STATED_MOST_S = 8 * 86_400.0  # a stated reset: the longest window is a week
 PATIENCE_S = 60.0  # Claude Code gives up at once when told to wait longer
@@ -195,6 +197,7 @@ LIMITS_S = 300.0  # what an answer said of its limits is too old to go by
 HISTORY = 20  # late attempts whose times are kept
 LATENCY_SHARE = 0.2  # of the newest sample in an endpoint's average
 CONVERSATIONS = 10_000
+STATES = 8  # endpoints that an error names with their states
 PLANS = 256  # models whose endpoints are kept looked up
 BACKLOG = 1024  # a burst of 300 connects lost 81 with the default of 5
 SWITCH_S = 0.0005  # thread switch interval: keeps a busy worker off the relay
@@ -3030,7 +3033,10 @@ class Access:
                     "changes need server.adminKey, in x-api-key or as Authorization:"
                     " Bearer",
                 )
-        elif not is_loopback(address):
+            return
+        self._check_key(head)
+        forwarded = b"x-forwarded-for" in head.values or b"forwarded" in head.values
+        if forwarded or not is_loopback(address):
             raise RefusedError(
                 403, "changes are for this machine only, unless server.adminKey is set"
             )
@@ -3141,8 +3147,8 @@ class SseWatch:
             self._stopped = True
         if b"error" in seen and _ERROR_EVENT.search(seen):
             self.failed = True
-        if b'"container_' in seen:
-            self._containers |= frozenset(_CONTAINER.findall(seen))
+        if b'"container_' in seen and len(self._containers) < CONTAINERS:
+            self._containers |= frozenset(_CONTAINER.findall(seen)[:CONTAINERS])
         # After a whole event nothing spans into the next one
         self._tail = b"" if seen.endswith(b"\n\n") else seen[-_TAIL_BYTES:]
 
@@ -3378,10 +3384,15 @@ class Target(NamedTuple):
     model: str | None = None
 
 
+@lru_cache(maxsize=4096)
+def _pattern(text: str) -> re.Pattern[str]:
+    parts = map(re.escape, text.split("*"))
+    return re.compile(".*".join(parts), re.S | re.I)
+
+
 def pattern_matches(pattern: str, model: str) -> bool:
     """Tell whether `model` is what a pattern names: `*` is any text, case is none."""
-    parts = map(re.escape, pattern.lower().split("*"))
-    return re.fullmatch(".*".join(parts), model.lower(), re.S) is not None
+    return _pattern(pattern).fullmatch(model) is not None
 
 
 def targets_for(config: Config, model: str | None) -> tuple[Target, ...]:
@@ -3553,7 +3564,7 @@ RULES = (
     Rule("silence", _WAIT, (), Sign.SILENCE, Verdict.AMBIGUOUS, Scope.ENDPOINT,
          _SHORT, "an answer may be in the making, and is paid for"),
     Rule("page", _WAIT, (), Sign.PAGE, Verdict.ANOTHER, Scope.ENDPOINT, _GROWING,
-         "a login page of the network, or a wrong baseURL: nobody generated"),
+         "or a redirect: a login page, or a wrong baseURL: nobody generated"),
     Rule("lost", _WAIT, (), Sign.NONE, Verdict.AMBIGUOUS, Scope.ENDPOINT, _SHORT,
          "the whole request was sent: it may have been served"),
     Rule("spend-cap", _ANSWER, (429,), Sign.SPEND, Verdict.ANOTHER, Scope.ENDPOINT,
@@ -3733,6 +3744,8 @@ def finding_of_answer(
 
     `stated` says that it states a reset; `limits` are its limit fields.
     """
+    if status < 400:  # most login pages are reached by a redirect
+        return Finding(Phase.WAIT, status, Sign.PAGE)
     kind, message, code = error_of(body)
     sign = Sign.NONE
     if status == 429 and code in _SPEND_CODES:
@@ -4251,7 +4264,7 @@ class Live:
         return (
             max((t.until for t in found), default=now),
             any(t.rule.cooling.stated and t.until > now for t in found),
-            any(t.rule.cooling.attention for t in found),
+            any(t.rule.cooling.attention and t.until > now for t in found),
         )
 
     def resets_at(self, keys: Sequence[str], now: float) -> float | None:
@@ -4263,7 +4276,7 @@ class Live:
         stated = [t.until for t in found if t.rule.cooling.stated and t.until > now]
         if not stated:
             return None
-        attention = any(t.rule.cooling.attention for t in found)
+        attention = any(t.rule.cooling.attention and t.until > now for t in found)
         return math.inf if attention else max(stated)
 
     def state(self, now: float) -> str:
@@ -4396,8 +4409,8 @@ class _Plans:
         wanted = model if self.routed else None
         plan = self._made.get(wanted)
         if plan is None:
-            if len(self._made) >= PLANS:
-                self._made.clear()  # names are the clients' to invent
+            if len(self._made) >= PLANS:  # names are the clients' to invent
+                del self._made[next(name for name in self._made if name is not None)]
             plan = self._made[wanted] = self._make(wanted)
         return plan
 
@@ -4819,9 +4832,11 @@ class Pool:
             resets = [x.resets_at(keys, now) for x in lives if not x.paused]
             stated = [r - now for r in resets if r is not None and math.isfinite(r)]
             reset_s = min(stated) if stated and None not in resets else None
-            states = tuple(f"{x.endpoint.name}: {x.state(now)}" for x in lives)
+            states = [f"{x.endpoint.name}: {x.state(now)}" for x in lives[:STATES]]
+            if len(lives) > STATES:
+                states.append(f"and {len(lives) - STATES} more")
             unknown = ask.forced if not lives else ""
-            return Exhaustion(reset_s, states, not lives, unknown)
+            return Exhaustion(reset_s, tuple(states), not lives, unknown)
 
     def snapshot(self) -> PoolSnapshot:
         """Return a frozen copy of the live state."""
@@ -7090,7 +7105,7 @@ def hold_for(
         plain = answer.content_type.startswith(b"application/json")
         most, within_s, seen = EDIT_BYTES, config.timeouts.idle_s, _never
         wanted = plain and is_edited(head.path)
-    elif answer.status >= 400:
+    elif answer.status >= 300:
         most, within_s, seen = ERROR_BYTES, settings.gate_s or SWEEP_S, _never
         wanted = True
     else:
@@ -7644,7 +7659,7 @@ class Exchange(_Ledger):
         balanced = self._lane is not Lane.FIXED
         if hold is not None:
             return hold
-        if balanced and answer.status >= 400:
+        if balanced and answer.status >= 300:
             self._judge_answer(upstream, answer, b"", whole=False)
         elif balanced and answer.content_type.startswith(b"text/html"):
             self._services.relay.close(upstream)
@@ -7664,7 +7679,7 @@ class Exchange(_Ledger):
                 host = self._request.head.host.encode("latin-1")
                 answer = point_at_us(upstream, answer, body, host)
             self._begin_answer(upstream, answer)
-        elif answer.status >= 400:
+        elif answer.status >= 300:
             self._judge_answer(upstream, answer, body, whole=held is Held.WHOLE)
         elif gate.error:
             answer = honest_answer(upstream, answer, gate.error)
@@ -7691,8 +7706,8 @@ class Exchange(_Ledger):
             self._ask = self._ask._replace(model=model or None)
         evidence = evidence_of(answer, body, model, settings)
         rule = evidence.rule
-        if not upstream.whole:  # an answer to the upload of a long body: not again
-            rule = rule._replace(verdict=Verdict.RELAY)
+        if not upstream.whole and len(self._request.body) > EARLY_BYTES:
+            rule = rule._replace(verdict=Verdict.RELAY)  # not all that again
         if rule.verdict is Verdict.AMBIGUOUS:
             answer = inviting(answer, again=True)
         self._course.trail.append(f"{upstream.endpoint.name} {answer.status}")
@@ -7709,7 +7724,7 @@ class Exchange(_Ledger):
         lease = self._lease
         if lease is not None:
             course.trail.append(f"{upstream.endpoint.name} {answer.status}")
-        if lease is not None and answer.status < 400:
+        if lease is not None and answer.status < 300:
             limits = answer.kept if b"anthropic-ratelimit-" in answer.kept else b""
             ms = (now - lease.since) * 1000
             self._report(services.pool.gain(lease, ms, limits))
@@ -10271,10 +10286,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cmd_selftest()
 
     def read() -> Config:
-        return apply_overrides(find_config(arguments), arguments)
+        """Read again the file that was found at the start: no other takes its place."""
+        return apply_overrides(read_config_file(config.source), arguments)
 
     try:
-        config = read()
+        config = apply_overrides(find_config(arguments), arguments)
         if arguments.check:
             for warning in config.warnings:
                 print(f"warning: {warning}")

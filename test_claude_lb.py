@@ -3880,7 +3880,7 @@ class TestPoolTurns:
     def test_counting_takes_part_without_moving_the_turn(self, strategy: str) -> None:
         pool = pool_of("abc", balancing={"strategy": strategy})
         assert turns(pool, 1) == "a"
-        assert sorted(turns(pool, 3, Lane.COUNT)) == list("abc")
+        assert turns(pool, 3, Lane.COUNT) == {"round_robin": "abc"}.get(strategy, "bbb")
         assert turns(pool, 2) == "bc"
 
     def test_other_paths_go_to_one_endpoint_and_move_no_turn(self) -> None:
@@ -8187,6 +8187,7 @@ class TestAccessOwnAnswers:
 
     def test_root_and_hello_answer_at_once_without_a_credential(self, lab: Lab) -> None:
         proxy = lab.proxy(lab.refusing(), server={"clientKeys": [uuid.uuid4().hex]})
+        eventually(lambda: proxy.health()["status"] == "unhealthy", "the greeting")
         client = proxy.client()
         for path in ("/", "/api/hello", "/health"):
             answer = client.ask("HEAD", path, counts=0).answer("HEAD")
