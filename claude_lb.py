@@ -189,7 +189,7 @@ REPEAT_S = 60.0  # a body that failed so lately is its client's own retry
 REPEATS = 1000
 MEMBERS = 64  # of a body's object; the API knows about 30
 LARGE_BYTES = 1024 * 1024  # a body that is looked at before it is looked through
-BRACKETS = 200_000  # in such a body: 50 ms to go through
+BRACKETS = 1_000_000  # in such a body: 0.2 s to go through
 FIRST_MESSAGES = 4  # among these is the first one of the user's
 TROUBLES = 64  # cooldowns of one endpoint: its own and those of models
 RAMP_MOST = 16  # attempts at once after a cooldown: 1, 2, 4 ... then no limit
@@ -462,15 +462,11 @@ class Endpoint:
         return whole[: -len(usual)] if whole.endswith(usual) else whole
 
 
-def same_service(one: Endpoint, other: Endpoint) -> bool:
-    """Tell whether two endpoints reach the same account, whatever their names."""
-
-    def service(endpoint: Endpoint) -> tuple[object, ...]:
-        e = endpoint
-        reached = (e.secure, e.host, e.port, e.prefix, e.ca_file, e.proxy)
-        return (*reached, e.auth_type, e.credential)
-
-    return service(one) == service(other)
+def service_of(endpoint: Endpoint) -> tuple[object, ...]:
+    """Return what says which account is reached, and how, whatever the name."""
+    e = endpoint
+    reached = (e.secure, e.host, e.port, e.prefix, e.ca_file, e.proxy)
+    return (*reached, e.auth_type, e.credential)
 
 
 @dataclass(frozen=True)
@@ -2002,8 +1998,11 @@ def followed_by(running: Config, config: Config) -> Config:
     The address stays the one that is listened on, and equal endpoints the objects
     that they are.
     """
-    known, bound = running.endpoints, running.server
-    kept = [next((k for k in known if vars(k) == vars(e)), e) for e in config.endpoints]
+    known, bound = {e.name: e for e in running.endpoints}, running.server
+    kept = [
+        known[e.name] if e.name in known and vars(known[e.name]) == vars(e) else e
+        for e in config.endpoints
+    ]
     server = dataclasses.replace(config.server, host=bound.host, port=bound.port)
     merged = dataclasses.replace(config, endpoints=tuple(kept), server=server)
     faults = final_faults(merged)
@@ -4434,20 +4433,23 @@ def _carried(before: Sequence[Live], endpoints: Sequence[Endpoint]) -> dict[str,
     """Return the live state of endpoints, by name, that were there before.
 
     Under another name too: names that were not given are numbered, and move when
-    one is taken out.
+    one is taken out.  Where only the name stays, with another account, a pause does.
     """
-    carried, left = {}, list(before)
-    for by_name in (True, False):
-        for endpoint in endpoints:
-            found = [
-                x
-                for x in left
-                if same_service(x.endpoint, endpoint)
-                and (not by_name or x.endpoint.name == endpoint.name)
-            ]
-            if endpoint.name not in carried and found:
-                carried[endpoint.name] = found[0]
-                left.remove(found[0])
+    named = {(service_of(x.endpoint), x.endpoint.name): x for x in before}
+    carried = {
+        e.name: named.pop((service_of(e), e.name))
+        for e in endpoints
+        if (service_of(e), e.name) in named
+    }
+    left = {service: live for (service, _), live in named.items()}
+    for endpoint in endpoints:
+        if endpoint.name not in carried and service_of(endpoint) in left:
+            carried[endpoint.name] = left.pop(service_of(endpoint))
+    paused = {x.endpoint.name for x in left.values() if x.paused}
+    for endpoint in endpoints:
+        if endpoint.name not in carried:
+            live = carried[endpoint.name] = Live(endpoint)
+            live.paused = endpoint.name in paused
     return carried
 
 
@@ -4631,7 +4633,7 @@ class Pool:
                 live.listed = False
             self._lives = {}
             for index, endpoint in enumerate(config.endpoints):
-                live = carried.get(endpoint.name) or Live(endpoint)
+                live = carried[endpoint.name]
                 live.endpoint, live.index, live.listed = endpoint, index, True
                 self._lives[endpoint.name] = live
             former = getattr(self, "_chooser", None)
@@ -4639,7 +4641,10 @@ class Pool:
             if former is not None:
                 self._chooser.plans.of(None).last = former.plans.of(None).last
                 manual = former.manual
-                if manual is not None and manual.listed and manual.endpoint.enabled:
+                if manual is not None and not manual.listed:
+                    fresh = self._lives.get(manual.endpoint.name)
+                    manual = fresh if fresh not in before else None
+                if manual is not None and manual.endpoint.enabled:
                     self._chooser.manual = manual
             self._note_hindered()
 
@@ -4700,10 +4705,11 @@ class Pool:
     def again(self, lease: Lease) -> Lease | None:
         """Return a further attempt at the endpoint of `lease`, counted in.
 
-        None if the endpoint was removed or paused meanwhile.
+        None if the endpoint was removed, paused or cooled down meanwhile.
         """
+        keys, now = trouble_keys(lease.ask.model), self._clock()
         with self._lock:
-            if not lease.live.listed or lease.live.paused:
+            if not (lease.live.listed and lease.live.may_serve(keys, now)):
                 return None
             return self._take(lease.live, lease.ask, lease.model, self._clock())
 
@@ -4780,7 +4786,7 @@ class Pool:
         """Remember which endpoint made the things that `ids` name."""
         with self._lock:
             live = self._lives.get(maker.name)
-            if live is not None and same_service(live.endpoint, maker):
+            if live is not None and service_of(live.endpoint) == service_of(maker):
                 self._memory.pin(ids, live)
 
     def has_pins(self) -> bool:
@@ -7207,7 +7213,6 @@ class Following(Sharer):
         services: Services,
         client: ClientConnection,
         request: ClientRequest,
-        *,
         begun: Callable[[Endpoint], None],
         alone: Callable[[], None],
         over: Callable[[Ending], None],
@@ -7493,14 +7498,8 @@ class Exchange(_Ledger):
             self._leads = shares[key] = Share(shares, key)
             self._begin()
         else:
-            following = Following(
-                self._services,
-                self._client,
-                request,
-                begun=self._follow,
-                alone=self._alone,
-                over=self._followed,
-            )
+            told = (self._follow, self._alone, self._followed)
+            following = Following(self._services, self._client, request, *told)
             self._follows = share, following
             self._watch_client()
             share.join(following)
@@ -7582,6 +7581,9 @@ class Exchange(_Ledger):
         """Settle the attempt, and begin another or give up."""
         lease, services, course = self._lease, self._services, self._course
         step = course.step(rule, self._request, services)
+        counts = rule.budgeted and self._lane is Lane.MESSAGES  # others cost nothing
+        if step is Verdict.RETRY and counts and not services.pool.may_repeat():
+            step = Verdict.RELAY
         self._settle(None if step is Verdict.RETRY else evidence)
         following: Lease | None = None
         if step is Verdict.ANOTHER:
@@ -7589,8 +7591,7 @@ class Exchange(_Ledger):
         elif step is Verdict.FRESH and lease is not None:
             following = services.pool.again(lease)
         goes_on = following is not None or step is Verdict.RETRY
-        counts = rule.budgeted and self._lane is Lane.MESSAGES  # others cost nothing
-        if goes_on and counts and not services.pool.may_repeat():
+        if following is not None and counts and not services.pool.may_repeat():
             goes_on = False
         self._tell(
             f"{self._request.id} {course.tried[-1].name} failed",
@@ -8489,7 +8490,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     #: pattern of a path -> method of Control that answers POST there
     CHANGES: Mapping[str, str] = {
         r"/providers/reload": "reload",
-        r"/api/endpoints/([^/]+)/(pause|resume)": "endpoint",
+        r"/api/endpoints/(.+)/(pause|resume)": "endpoint",
         r"/api/mode": "mode",
     }
 

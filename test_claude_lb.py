@@ -4454,7 +4454,7 @@ class TestPoolReload:
         c, a, b = merged.endpoints
         assert (b, c) == (before.endpoints[1], before.endpoints[2])
         assert a is after.endpoints[1]
-        assert claude_lb.same_service(a, before.endpoints[0])
+        assert claude_lb.service_of(a) == claude_lb.service_of(before.endpoints[0])
 
 
 class TestPoolExhaustion:
