@@ -2738,8 +2738,8 @@ _KEY = re.compile(rf'("(?:[^"\\]|\\.){{0,64}}"){_BLANK}:{_BLANK}', re.S)
 _AFTER_VALUE = re.compile(rf"{_BLANK}([,}}\]]){_BLANK}")
 _DECODER = json.JSONDecoder()
 # Blanks are bounded, or a run of them would cost its square
-_MARK = rb'"cache_control"\s{0,9}:\s{0,9}\{[^{}]{0,99}\}'
-_CACHE_MARK = re.compile(rb",\s{0,9}%b|%b\s{0,9},?" % (_MARK, _MARK))
+_MARK = rb'"cache_control"\s{0,64}:\s{0,64}\{[^{}]{0,256}\}'
+_CACHE_MARK = re.compile(rb",\s{0,64}%b|%b\s{0,64},?\s{0,64}" % (_MARK, _MARK))
 _LONG_CACHE = re.compile(rb'"ttl"\s{0,9}:\s{0,9}"1h"')
 _OLD_SESSION = re.compile(r"_session_([0-9a-f-]{36})$")
 
@@ -2856,12 +2856,12 @@ def _session_in(body: bytes | bytearray, members: Mapping[str, Member]) -> str:
     try:
         metadata = json.loads(body[slice(*members["metadata"])])
         user = metadata["user_id"]
-        if user.startswith("{"):
-            return str(json.loads(user)["session_id"])
+        named = json.loads(user)["session_id"] if user.startswith("{") else ""
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""
     match = _OLD_SESSION.search(user)
-    return match[1] if match else ""
+    old = match[1] if match else ""
+    return named if isinstance(named, str) and named else old
 
 
 def _first_user_message(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import collections
 import contextlib
 import errno
@@ -13119,3 +13120,807 @@ class TestMoreFailuresReproducedElsewhere:
         proxy, up = over(lab, fine, routes=routes)
         assert proxy.post(message(model="claude-sonnet-4")).status == 200
         assert json.loads(up.requests[0].body)["model"] == "mapped"
+
+
+# ============================================================================
+# SHARING, JSON, COMMANDS, THE LONG RUN
+# ============================================================================
+
+SHARED_WHOLE = START + delta(0) + STOP
+BLANK_BODY = b'{"model": "claude-test", "messages": []}'  # not in the ledger
+DIFFERENCES = ["?beta=false", "?", " ", "x-api-key: two", "authorization: Bearer two"]
+DIFFERENCES += ["anthropic-version: 2", "anthropic-beta: b", "anthropic-beta: b, a"]
+DIFFERENCES += ["anthropic-beta: a\r\nanthropic-beta: b"]
+USUAL_FIELDS = ("x-api-key: one", "anthropic-version: 1", "anthropic-beta: a")
+
+
+def sharing(lab: Lab, *answers: Any, **own: Any) -> Any:
+    """Return a proxy that shares answers, and what it stands over."""
+    return over(lab, *answers, balancing={"dedupe": True}, **own)
+
+
+def after(gate: threading.Event, answering: Answering) -> Answering:
+    def waits(wire: Wire, request: Received) -> None:
+        assert gate.wait(3 * BOUND_S)
+        answering(wire, request)
+
+    return waits
+
+
+def under_way(proxy: Proxy, count: int) -> None:
+    pool = proxy.server.services.pool
+    eventually(lambda: pool.snapshot().in_flight == count, f"{count} under way")
+
+
+def ask_alike(proxy: Proxy, count: int, body: bytes, *, to: bytes = b"") -> Any:
+    """Return clients that ask for the same, the leader first; read them up to `to`."""
+    clients = []
+    for number in range(count):
+        clients.append(proxy.client().post(body))
+        under_way(proxy, number + 1)
+    for client in clients if to else ():
+        assert client.head().status == 200
+        client.until(to)
+    return clients
+
+
+def check_calm(proxy: Proxy, **endings: int) -> None:
+    """Assert how the exchanges ended, and that nothing is held any longer."""
+    under_way(proxy, 0)
+    services = proxy.server.services
+    assert {e.in_flight for e in services.pool.snapshot().endpoints} == {0}
+    assert services.budget._left == claude_lb.BODIES_BYTES
+    assert services.shares == {}
+    rows = proxy.rows(sum(endings.values())) if endings else []
+    assert collections.Counter(row["ended"] for row in rows) == endings
+
+
+class TestSharing:
+    @pytest.mark.parametrize("streamed", [False, True])
+    def test_identical_requests_share_one_call(self, lab: Lab, streamed: bool) -> None:
+        go = lab.gate()
+        said = streams(START, delta(0), STOP) if streamed else says(200, SHARED_WHOLE)
+        proxy, *ups = sharing(lab, says(500), after(go, said))
+        body = message(x="y" * 100_000)
+        clients = ask_alike(proxy, 4, body)
+        clients.append(proxy.client().post(body, "Connection: close", "User-Agent: x"))
+        under_way(proxy, 5)
+        go.set()
+        answers = [client.answer() for client in clients]
+        assert {(a.status, a.body) for a in answers} == {(200, SHARED_WHOLE)}
+        assert {a.field("x-claude-lb-endpoint") for a in answers} == {"up1"}
+        assert [a.field("connection") for a in answers] == [""] * 4 + ["close"]
+        assert clients[-1].ends() == "closed"
+        assert calls(*ups) == [1, 1]
+        ids = {a.field("x-claude-lb-request-id") for a in answers}
+        assert ids == {row["request_id"] for row in proxy.rows(5)}
+        check_calm(proxy, ok=5)
+
+    @pytest.mark.parametrize("kept", [True, False])
+    def test_a_late_one_gets_the_history_then_live_bytes(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch, kept: bool
+    ) -> None:
+        if not kept:  # then it has to ask for itself
+            monkeypatch.setattr(claude_lb, "HISTORY_BYTES", 1000)
+        turns, first = [lab.gate(), lab.gate()], delta("x" * 2000)
+        proxy, up = sharing(lab, by_turns(turns, first))
+        (one,) = ask_alike(proxy, 1, BLANK_BODY, to=first)
+        turns[0].set()
+        one.until(delta(0))
+        two = proxy.client().post(BLANK_BODY)
+        assert two.head().status == 200
+        assert two.until(delta(0)) == first + delta(0)
+        turns[1].set()
+        assert one.rest() == two.rest() == delta(1) + STOP
+        assert calls(up) == [1 if kept else 2]
+        check_calm(proxy, ok=2)
+
+    @pytest.mark.parametrize("change", DIFFERENCES)
+    def test_what_differs_is_asked_for_itself(self, lab: Lab, change: str) -> None:
+        go = lab.gate()
+        proxy, up = sharing(lab, after(go, fine))
+        name = change.partition(":")[0]
+        fields = [f for f in USUAL_FIELDS if not f.startswith(name)]
+        fields += [change] * (":" in change)
+        where = "/v1/messages" + (change if "?" in change else "?beta=true")
+        body = BLANK_BODY + (b" " if change == " " else b"")
+        own = ("POST", "/v1/messages?beta=true", BLANK_BODY, *USUAL_FIELDS)
+        one = proxy.client().ask(*own)
+        eventually(lambda: calls(up) == [1], "the first call")
+        two = proxy.client().ask("POST", where, body, *fields)
+        eventually(lambda: calls(up) == [2], "a call of its own")
+        three = proxy.client().ask(*own)
+        under_way(proxy, 3)
+        go.set()
+        assert [c.answer().status for c in (one, two, three)] == [200] * 3
+        assert calls(up) == [2]
+        check_calm(proxy, ok=3)
+
+    @pytest.mark.parametrize("reset", [False, True])
+    @pytest.mark.parametrize("begun", [False, True])
+    def test_who_hangs_up_harms_no_one(
+        self, lab: Lab, begun: bool, reset: bool
+    ) -> None:
+        go, *turns = lab.gate(), lab.gate(), lab.gate()
+        answering = by_turns(turns, START)
+        proxy, up = sharing(lab, answering if begun else after(go, answering))
+        clients = ask_alike(proxy, 3, message(), to=START if begun else b"")
+        clients.pop(1).close(reset=reset)
+        under_way(proxy, 2)
+        (share,) = proxy.server.services.shares.values()
+        go.set()
+        turns[0].set()
+        for client in clients:
+            assert begun or client.head().status == 200
+            assert client.until(delta(0)).endswith(delta(0))
+        assert not any(f._backlog for f in share._followers)  # nor for who has gone
+        turns[1].set()
+        assert {client.rest() for client in clients} == {delta(1) + STOP}
+        assert calls(up) == [1]
+        check_calm(proxy, ok=2, client_cancelled=1)
+
+    def test_a_leader_that_hangs_up_early_is_replaced(self, lab: Lab) -> None:
+        def given_up(wire: Wire, _: Received) -> None:
+            wire.wait_closed()
+            wire.deny()
+
+        go = lab.gate()
+        proxy, up = sharing(lab, in_turn(given_up, after(go, fine)))
+        leader, *others = ask_alike(proxy, 4, message())
+        eventually(lambda: calls(up) == [1], "the first call")
+        leader.close()
+        eventually(lambda: calls(up) == [2], "the second call")
+        go.set()
+        assert [client.answer().status for client in others] == [200] * 3
+        assert calls(up) == [2]
+        check_calm(proxy, ok=3, client_cancelled=1)
+
+    @pytest.mark.parametrize("leader_goes", [True, False])
+    def test_a_late_end_cuts_all(self, lab: Lab, leader_goes: bool) -> None:
+        turn = lab.gate()
+
+        def cut(wire: Wire, _: Received) -> None:
+            wire.stream(START, end=False)
+            assert turn.wait(3 * BOUND_S)
+            wire.close()
+
+        proxy, up = sharing(lab, cut)
+        clients = ask_alike(proxy, 3, message(), to=START)
+        if leader_goes:
+            clients.pop(0).close()
+            under_way(proxy, 0)
+        turn.set()
+        assert {client.cut() for client in clients} == {"closed"}
+        assert calls(up) == [1]
+        gone = {"client_cancelled": 1} if leader_goes else {}
+        check_calm(proxy, truncated=len(clients), **gone)
+
+    @pytest.mark.parametrize("status", [400, 401, 429, 500, 502, 529])
+    def test_the_leaders_failure_is_everyones(self, lab: Lab, status: int) -> None:
+        go = lab.gate()
+        early = streams(error_event("overloaded_error"))
+        answering = {502: hangs_up, 529: early, 429: limited(30)}
+        failing = after(go, answering.get(status) or says(status))
+        proxy, up = sharing(lab, failing, retries=0, gateSeconds=10)
+        clients = ask_alike(proxy, 3, BLANK_BODY)
+        go.set()
+        answers = [client.answer() for client in clients]
+        assert [a.status for a in answers] == [status] * 3
+        assert len({a.json()["error"]["message"] for a in answers}) == 1
+        assert len({a.field("x-claude-lb-request-id") for a in answers}) == 3
+        if status == 502:
+            assert {a.field("x-should-retry") for a in answers} == {"true"}
+            assert len({own_error(a, 502, "api_error") for a in answers}) == 1
+        assert calls(up) == [1]
+        assert len(proxy.rows(3)) == 3
+        check_calm(proxy)
+
+    def test_a_slow_one_slows_nobody(self, lab: Lab) -> None:
+        turn, big = lab.gate(), [delta("x" * 200_000)] * 16
+        proxy, _ = sharing(lab, after(turn, streams(START, *big, STOP)))
+        fast, slow = ask_alike(proxy, 2, message())
+        turn.set()
+        whole = START + b"".join(big) + STOP
+        assert fast.answer().body == whole
+        assert fast.post().answer().body == whole  # its first exchange is over
+        assert slow.answer().body == whole
+        check_calm(proxy, ok=3)
+
+    @pytest.mark.parametrize("versions", ["01", "10", "00", "11"])
+    def test_old_clients_share_nothing_nor_do_others_unasked(
+        self, lab: Lab, versions: str
+    ) -> None:
+        go, make = lab.gate(), over if versions == "11" else sharing
+        proxy, up = make(lab, after(go, streams(START, delta(0), STOP)))
+        tail = f"Host: 127.0.0.1:{proxy.port}\r\nContent-Length: {len(BLANK_BODY)}"
+        clients = []
+        for version in versions:
+            head = f"POST /v1/messages HTTP/1.{version}\r\n{tail}\r\n\r\n"
+            clients.append(proxy.client().send(head.encode() + BLANK_BODY))
+            eventually(lambda: calls(up) == [len(clients)], "its call")
+        go.set()
+        assert {client.answer().body for client in clients} == {SHARED_WHOLE}
+        check_calm(proxy, ok=2)
+
+    def test_connections_go_on(self, lab: Lab) -> None:
+        go = lab.gate()
+        proxy, up = sharing(lab, after(go, streams(START, delta(0), STOP)))
+        clients = ask_alike(proxy, 3, message())
+        for client in clients:
+            client.post()  # sent ahead
+        go.set()
+        for client in clients:
+            assert client.answer().body == client.answer().body == SHARED_WHOLE
+            assert client.post(BLANK_BODY).answer().body == SHARED_WHOLE
+        assert calls(up) == [1 + 3 + 3]  # one after the other is not shared
+        check_calm(proxy, ok=9)
+
+    @pytest.mark.parametrize("begun", [False, True])
+    def test_a_stop_ends_all(self, lab: Lab, begun: bool) -> None:
+        go = lab.gate()
+        proxy, up = sharing(lab, by_turns([go], START) if begun else after(go, fine))
+        body = message(x="y" * 100_000)
+        clients = ask_alike(proxy, 4, body, to=START if begun else b"")
+        eventually(lambda: calls(up) == [1], "the call")
+        proxy.server.stop(grace_s=0.0)
+        lab.stopped(proxy)
+        for client in clients:
+            if begun:
+                client.cut()
+            else:
+                own_error(client.answer(), 503, "overloaded_error")
+        assert calls(up) == [1]
+        assert len(proxy.rows(4)) == 4
+        check_calm(proxy)
+
+
+# -- 8. json ---------------------------------------------------------------
+
+VECTOR_FILE = TOP.parent / "shared" / "vectors" / "json_bodies.jsonl"
+SESSION_ID = "4f6b2c1a-0d3e-4b5f-8a7c-9e1d2f3a4b5c"
+OLD_USER = f"user_{'0a' * 32}_account_{uuid.UUID(int=5)}_session_{{}}"
+MEMBERS = r"""{} | {"a" :1 } | {"a":1,"a":2} | {"mod\u0065l":"m"} | {"a":"\\","b":"\""}
+    | {"a":{"model":"x"},"b":["model"]} | {"é":" "} | [1] | {"a":1,} | {"a":1}}
+    | {"a":1} x | {,} | {"a" 1} | {"a":1 "b":2} | {"a":1] | {'a':1} | {"a":01} | {"""
+MODELS = r"""{"model":"claude-opus-4-1"} claude-opus-4-1
+    | {"model":"\u0063laude"} claude
+    | {"a":{"model":"x"},"model":"y"} y | {"model":"x","model":"y"} y | {"model":""} -
+    | {"model":5} - | {"model":null} - | {"model":["x"]} - | {"model":"a\nb"} -
+    | {"model":"\ud800"} - | {"messages":[{"model":"x"}]} - | [{"model":"x"}] -
+    | {"model":"x" -"""
+LIMIT_CLASSES = """claude-opus-4-1-20250805 opus-4 opus | claude-opus-5 opus-5 opus
+    | Claude-Sonnet-4-5 sonnet-4 sonnet | claude-3-5-sonnet-20241022 sonnet-3 sonnet
+    | claude-3-haiku-20240307 haiku-3 haiku | claude-3-7-sonnet-latest sonnet-3 sonnet
+    | us.anthropic.claude-haiku-4-5-20251001-v1:0 haiku-4 haiku | GPT-7 gpt-7
+    | anthropic/claude-sonnet-5-5[1m] sonnet-5 sonnet"""
+ODD_BODIES = [
+    *(b"", b"{", b"null", b'{"model"', b'{"model":', b'{"model":}', b'{"\xff":1}'),
+    b'{"metadata":{"user_id":"\\ud800_session_%b"}}' % SESSION_ID.encode(),
+    b'{"metadata":{"user_id":"{\\"session_id\\": \\"\\ud800\\"}"}}',
+    b'{"metadata":{"user_id":"{\\"session_id\\": [1]}"}}',
+    b'{"model":"\xff","messages":[{"role":"user","content":"\xfe"}]}',
+    b'{"model":%b,"metadata":{"user_id":%b}}' % (b"9" * 10_000, b"1" * 9_999),
+    b'{"model":1e999,"system":NaN,"messages":{},"metadata":[]}',
+    b'{"messages":' + b"[" * 90_000,
+    b'{"messages":%b%b}' % (b"[" * 90_000, b"]" * 90_000),
+    b'{"metadata":%b1%b}' % (b'{"user_id":' * 90_000, b"}" * 90_000),
+    b'{"metadata":{"user_id":"{%b"}}' % (b"[" * 90_000),
+    b'{"messages":["x",null,{"role":"user","content":null}],"system":[[]]}',
+    *('{"model":"m"}'.encode("utf-16"), b'\xef\xbb\xbf{"model":"m"}'),
+    b'{"%b":1}' % (b"\\" * 100_001),
+]
+
+
+def check_members(body: bytes) -> bool:
+    """Compare with json.loads; return whether that finds an object."""
+    found = claude_lb.top_level(body)
+    assert claude_lb.top_level(bytearray(body)) == found
+    try:
+        whole = json.loads(body.decode())
+    except (ValueError, RecursionError):
+        whole = None
+    if isinstance(whole, dict):
+        read = {k: json.loads(body[m.start : m.end]) for k, m in found.items()}
+        assert repr(read) == repr(whole), body
+        return True
+    lenient = "" in found or body != body.decode("utf-8", "ignore").encode()
+    assert found == {} or lenient, body  # of bad keys and bad bytes
+    return False
+
+
+def key_of(body: object) -> str:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    members = claude_lb.top_level(raw)
+    key = claude_lb.conversation_key(raw, members)
+    assert claude_lb.conversation_key(bytearray(raw), members) == key
+    return key
+
+
+def talk(turns: int, **more: object) -> dict[str, Any]:
+    """Return a conversation of so many turns."""
+    said: list[dict[str, Any]] = []
+    for turn in range(turns):
+        said.append({"role": "user", "content": [{"type": "text", "text": f"q{turn}"}]})
+        said.append({"role": "assistant", "content": f"a{turn}"})
+    system = [{"type": "text", "text": "be brief"}, {"type": "text", "text": "or not"}]
+    tools = [{"name": "Bash", "input_schema": {"type": "object"}}]
+    whole = {"model": "claude-opus-4-1", "max_tokens": 9, "system": system}
+    return {**whole, "tools": tools, "messages": said[:-1], **more}
+
+
+def any_body(chance: random.Random) -> bytes:
+    """Return an object as some client may write it; now and then damaged."""
+    names = ["model", "messages", "\\", '"', "\u2028\x85", "", "{[,]}", '"model":"y"']
+    document = {n: any_document(chance, names, 3) for n in ("model", "x", "y")}
+    separators = chance.choice([(",", ":"), (", ", ": "), (" ,\n", "\t:\r\n ")])
+    plain, indent = chance.random() < 0.5, chance.choice([None, None, 1])
+    style: Any = {"indent": indent, "ensure_ascii": plain, "separators": separators}
+    text = json.dumps(document, **style)
+    body = bytearray(b" \n" * chance.randrange(2) + text.encode("utf-8", "replace"))
+    for _ in range(chance.choice([0, 0, 1, 3])):
+        at = chance.randrange(len(body))
+        damage = chance.choice(b'"{},:\\\0 0\x85]')
+        body[at : at + chance.randrange(2)] = bytes([damage])
+    return bytes(body)
+
+
+def new_user(session: object) -> str:
+    return json.dumps({"device_id": "d", "account_uuid": "", "session_id": session})
+
+
+class TestJsonMembers:
+    def test_named_cases(self) -> None:
+        cases = [text.strip().encode() for text in MEMBERS.split(" | ")]
+        assert [check_members(case) for case in cases] == [True] * 7 + [False] * 11
+
+    def test_vectors(self) -> None:
+        if not VECTOR_FILE.is_file():
+            pytest.skip("needs the vectors beside the repository")
+        lines = VECTOR_FILE.read_text(encoding="utf-8").splitlines()
+        bodies = [base64.b64decode(json.loads(line)["b64"]) for line in lines]
+        assert len(bodies) == 340
+        for body in bodies:
+            check_members(body)
+            check_members(b'{"model": "m", "x": %b}' % body)
+            check_members(b'{"x":[{"y":%b}],"model":"m"}' % body)
+            key_of(b'{"metadata":%b,"messages":[%b]}' % (body, body))
+
+    def test_any_body(self) -> None:
+        chance = random.Random(20)
+        bodies = [any_body(chance) for _ in range(3000)]
+        assert 1000 < sum(map(check_members, bodies)) < 2900
+        for body in bodies:
+            key_of(body)
+
+    @pytest.mark.parametrize("body", ODD_BODIES, ids=range(len(ODD_BODIES)))
+    def test_odd_bodies_never_raise(self, body: bytes) -> None:
+        members = claude_lb.top_level(body)
+        claude_lb.model_of(body, members)
+        claude_lb.cache_ttl_s(body)
+        key_of(body)
+
+    def test_the_model(self) -> None:
+        cases = [case.strip().rsplit(" ", 1) for case in MODELS.split(" | ")]
+        for size in (256, 257):
+            name = "m" * size
+            cases.append([f'{{"model":"{name}"}}', name if size == 256 else "-"])
+        for text, name in cases:
+            for body in (text.encode(), bytearray(text.encode())):
+                found = claude_lb.model_of(body, claude_lb.top_level(body))
+                assert (found[0] if found else "-") == name, text
+
+    @pytest.mark.parametrize("text", ["m", "", 'a"b\\', "\u00e9\u2028", "\U0001f600"])
+    def test_a_value_is_spliced_in(self, text: str) -> None:
+        start = ' {"a" : {"model": "\u00e9"}, "model" :\t'
+        body = f'{start}"x\\u0079" ,"z":1e0}}\n'.encode()
+        member = claude_lb.top_level(body)["model"]
+        for kind in (bytes, bytearray):
+            made = claude_lb.with_value(kind(body), member, text)
+            assert json.loads(made)["model"] == text
+            assert made.startswith(start.encode())
+            assert made.endswith(b' ,"z":1e0}\n')
+
+    def test_the_cache_asked_for(self) -> None:
+        hour = b'{"a":[{"cache_control":{"ttl" : "1h","type":"ephemeral"}}]}'
+        quoted = rb'{"text":"\"ttl\":\"1h\"","x":"1h"}'
+        for kind in (bytes, bytearray):
+            bodies = [hour, hour.replace(b"1h", b"5m"), b"{}", quoted]
+            found = [claude_lb.cache_ttl_s(kind(body)) for body in bodies]
+            assert found == [3600, 300, 300, 300]
+
+    def test_models_that_share_limits(self) -> None:
+        for case in [*LIMIT_CLASSES.split(" | "), f"{'x' * 99} {'x' * 64}"]:
+            model, bucket, family = [*case.split(), ""][:3]
+            assert claude_lb.model_bucket(model) == bucket
+            assert claude_lb.model_family(model) == family
+
+
+class TestJsonConversations:
+    @pytest.mark.parametrize("ttl", [{}, {"ttl": "1h"}])
+    @pytest.mark.parametrize("first", [False, True])
+    @pytest.mark.parametrize("indent", [None, 2])
+    def test_later_turns_keep_the_key(
+        self, ttl: dict[str, str], first: bool, indent: int | None
+    ) -> None:
+        def mark(block: dict[str, Any]) -> None:
+            own = {"cache_control": {"type": "ephemeral", **ttl}}
+            whole = {**own, **block} if first else {**block, **own}
+            block.clear()
+            block.update(whole)
+
+        plain = key_of(json.dumps(talk(1), indent=indent).encode())
+        for turns in (1, 2, 5):
+            for places in ("system", "tools", "messages", "system tools messages"):
+                body = talk(turns, max_tokens=turns)
+                if turns > 1:
+                    mark(body["messages"][-1]["content"][0])
+                for place in places.split():
+                    block = body[place][0]
+                    mark(block["content"][0] if place == "messages" else block)
+                assert key_of(json.dumps(body, indent=indent).encode()) == plain
+
+    def test_other_conversations_have_other_keys(self) -> None:
+        said = [{"role": "user", "content": "q"}]
+        changes = {"model": "m", "system": "be long", "tools": [], "messages": said}
+        keys = {key_of(talk(1, **{k: v})) for k, v in changes.items()}
+        assert len({*keys, key_of(talk(1))}) == 5
+        roles = [["user"], ["assistant", "user"], ["assistant", "user", "assistant"]]
+        speech = [[{"role": r, "content": r * len(rs)} for r in rs] for rs in roles]
+        speech[2][1]["content"] = speech[1][1]["content"]
+        one, two, three = (key_of({"messages": messages}) for messages in speech)
+        assert one != two == three
+        assert key_of({"messages": [{"role": "assistant", "content": "a"}]}) == ""
+
+    @pytest.mark.parametrize("user", [OLD_USER.format, new_user])
+    def test_a_session_in_user_id(self, user: Callable[[str], str]) -> None:
+        one, other = ({"user_id": user(s)} for s in (SESSION_ID, SESSION_ID[::-1]))
+        assert key_of(talk(1, metadata=one)) == key_of(talk(2, metadata=one, model="m"))
+        assert key_of(talk(1, metadata=one)) == key_of({"metadata": one})
+        keys = [key_of(talk(1, metadata=who)) for who in (one, other, {})]
+        assert len(set(keys)) == 3
+
+    @pytest.mark.parametrize(
+        "user", [5, None, "", "me", "{", "{}", "[]", new_user(""), new_user(None), []]
+    )
+    def test_a_user_without_a_session(self, user: object) -> None:
+        who = {"metadata": {"user_id": user}}
+        assert key_of(talk(1, **who)) == key_of(talk(2, **who)) == key_of(talk(1))
+        assert key_of(talk(1, **who)) != key_of(talk(1, model="m", **who))
+
+    def test_claude_codes_session_and_agent(self) -> None:
+        names = (b"x-claude-code-session-id", b"x-claude-code-agent-id")
+        pairs = [("s", ""), ("t", ""), ("s", "a"), ("s", "b"), ("sa", "")]
+        keys = [claude_lb.session_key(dict(zip(names, pair))) for pair in pairs]
+        assert len({*keys, ""}) == 6
+        assert claude_lb.session_key({names[0]: "s"}) == keys[0]
+        assert claude_lb.session_key({names[1]: "a"}) == claude_lb.session_key({}) == ""
+
+
+# -- explain ---------------------------------------------------------------
+
+CAP_BODY = error_body(429, error_code="enforced_spend_limit_reached").decode()
+MODEL_BODY = error_body(404, "model: claude-opus-9").decode()
+CREDIT_BODY = error_body(400, NO_CREDIT).decode()
+CLAIM = "anthropic-ratelimit-unified-representative-claim: five_hour"
+ANSWERS = [
+    ("limited-model", "20 s, as stated", "429", "--header", "Retry-After:20"),
+    ("limited", "7 s", "429", "--header", CLAIM, "--header", "retry-after: 7"),
+    ("throttled", "one other endpoint", "429"),
+    ("spend-cap", "attention", "429", "--body", CAP_BODY),
+    ("overloaded", "retry budget", "529"),
+    ("server-error", "retry budget", "503"),
+    ("working", "resendAmbiguous", "504"),
+    ("credential", "attention", "401"),
+    ("credit", "3600 s", "400", "--body", CREDIT_BODY),
+    ("no-model", "600 s", "404", "--body", MODEL_BODY),
+    ("request", "relay", "400", "--body", "{", "--header", "x"),
+    ("request", "relay", "418", "--body", "\u00e9", "--header", "\u20ac: 1"),
+]
+
+
+def explained(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert claude_lb.main(["explain", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out.splitlines()
+
+
+class TestExplain:
+    def test_the_table_has_every_row(self, capsys: pytest.CaptureFixture[str]) -> None:
+        title, *lines = explained(capsys)
+        assert title.split()[:3] == ["row", "phase", "status"]
+        for rule, line in zip(claude_lb.RULES, lines):
+            cells = re.split(r" {2,}", line)
+            statuses = " ".join(map(str, rule.statuses)) or "-"
+            assert cells[:3] == [rule.name, rule.phase.value, statuses]
+            assert cells[3:5] == [rule.sign.value, rule.verdict.value]
+            assert cells[5:] == [str(rule.cooling), rule.scope.value]
+        assert len(lines) == len(claude_lb.RULES)
+
+    def test_answers(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for row, told, *arguments in ANSWERS:
+            title, found, *rest = explained(capsys, "--status", *arguments)
+            assert (title.split()[0], found.split()[0]) == ("row", row)
+            why = next(r.why for r in claude_lb.RULES if r.name == row)
+            assert f"why: {why}" in rest
+            assert told in "\n".join([found, *rest])
+
+    def test_the_program_runs_it(self, program: Program) -> None:
+        run = program.run("explain", "--status", "529")
+        assert (run.code, run.err) == (0, "")
+        assert "overloaded" in run.out
+        for wrong in (["--status", "x"], ["--nope"], ["--header"]):
+            run = program.run("explain", *wrong)
+            assert (run.code, run.out, run.err.count("\n")) == (2, "", 1)
+
+
+# -- 30. cli, continued ----------------------------------------------------
+
+
+def replace(program: Program, content: object) -> None:
+    """Put a configuration in the place of c.json in one step."""
+    program.write("new.json", content).replace(program.folder / "c.json")
+
+
+def awaited(serving: Any, *names: str, faulty: bool = False) -> str:
+    """Wait until these endpoints are served; return what is wrong with the file."""
+
+    def shows() -> Any:
+        told = serving.get("/providers")[1]
+        same = [p["name"] for p in told["providers"]] == list(names)
+        return told if same and bool(told["reload_faults"]) == faulty else None
+
+    return str(eventually(shows, f"{names}, faulty: {faulty}")["reload_faults"])
+
+
+class TestCliReload:
+    def test_sighup_reads_the_file_again(
+        self, program: Program, closed_port: int
+    ) -> None:
+        program.write("c.json", [near(closed_port, name="one")])
+        with program.serve("-c", "c.json", "--port", "0") as serving:
+            replace(program, [near(closed_port, name="two"), far(name="three")])
+            serving.process.send_signal(signal.SIGHUP)
+            awaited(serving, "two", "three")
+            replace(program, {"endpoints": [near(closed_port, name="x")], "servr": 1})
+            serving.process.send_signal(signal.SIGHUP)
+            assert "servr" in awaited(serving, "two", "three", faulty=True)
+            replace(program, [near(closed_port, name="four")])
+            serving.process.send_signal(signal.SIGHUP)
+            awaited(serving, "four")
+            run = serving.stop()
+        assert run.code == 0
+        words = ["reloaded: asked to", "stays as it was", "servr", "reloaded: asked to"]
+        assert re.search(".*".join(words), run.err, re.S)
+
+    def test_a_change_is_noticed(self, program: Program, closed_port: int) -> None:
+        program.write("c.json", [near(closed_port, name="one")])
+        flags = ("-c", "c.json", "--port", "0", "--log-level", "error")
+        with program.serve(*flags) as serving:
+            raw = {"endpoints": [far(name="two")], "log": {"level": "debug"}}
+            replace(program, raw)
+            awaited(serving, "two")
+            (program.folder / "c.json").unlink()
+            serving.process.send_signal(signal.SIGHUP)
+            assert "c.json" in awaited(serving, "two", faulty=True)
+            run = serving.stop()
+        assert run.code == 0
+        assert run.err.count("\n") == 1  # what a flag says outlives a reload
+        assert "cannot read c.json" in run.err
+
+
+GROUPS_TOML = """[server]
+port = 8080
+switch_threshold_ms = 60
+[[groups]]
+name = "main"
+auth_token_env = "TEAM_TOKEN"
+endpoints = [{ url = "https://e.example", name = "East" }]
+[health_check]
+interval_seconds = 120
+claude_binary_path = "claude"
+"""
+
+
+class TestCliForeignFiles:
+    def test_a_providers_file_is_explained(self, program: Program) -> None:
+        program.write("providers.json", PROVIDERS_1)
+        run = program.run("-c", "providers.json", "--check")
+        assert (run.code, run.err) == (0, "")
+        notes = "\n".join(x for x in run.out.splitlines() if x.startswith("note: "))
+        assert [key for key in PROVIDERS_1["settings"] if key not in notes] == []
+        assert "the configuration is good" in run.out
+        assert "endpoint yourapi:" in run.out
+        assert SECRET not in run.out
+
+    def test_a_toml_file_is_explained(self, program: Program) -> None:
+        program.write("config.toml", GROUPS_TOML)
+        run = program.run("-c", "config.toml", "--check", TEAM_TOKEN=CLI_TOKEN)
+        good = sys.version_info >= (3, 11)
+        assert run.code == (0 if good else 2)
+        assert ("needs Python 3.11" in run.err) is not good
+        notes = "\n".join(x for x in run.out.splitlines() if x.startswith("note: "))
+        keys = ("switch_threshold_ms", "interval_seconds", "claude_binary_path")
+        assert [key in notes for key in keys] == [good] * 3
+        assert ("endpoint East:" in run.out) is good
+        assert CLI_TOKEN not in run.out
+
+    @pytest.mark.parametrize("flags", [(), ("--check",)])
+    def test_what_cannot_be_read_cannot_start(
+        self, program: Program, flags: tuple[str, ...]
+    ) -> None:
+        for name in ("providers.yaml", "my config.yml"):
+            program.write(name, "providers:\n  - name: x\n    type: anthropic\n")
+            run = program.run("-c", name, *flags)
+            assert (run.code, run.out, run.err.count("\n")) == (2, "", 1)
+            assert run.err.startswith("claude_lb: ")
+            words = shlex.split(run.err[run.err.index("python3 -c ") :])
+            assert [*words[:2], words[3]] == ["python3", "-c", name]
+        raw = {"providers": [{"name": "x"}], "settings": {"port": "y"}}
+        program.write("providers.json", raw)
+        run = program.run("-c", "providers.json", *flags)
+        assert (run.code, run.out) == (2, "")
+        assert run.err.startswith("claude_lb: providers.json: ")
+        assert [word in run.err for word in ("base_url", "port")] == [True] * 2
+
+
+# -- the long run ----------------------------------------------------------
+
+LONG_RUN = 10_000 if sys.version_info >= (3, 13) else 1_500
+CALLERS = 16
+STATED_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.I)
+MARKED_DELTA = re.compile(rb'"text": "([0-9a-f]{32}) (\d)"')
+
+
+def marked_answer(token: str, streamed: bool) -> list[bytes]:
+    """Return the parts of an answer that tell whose it is."""
+    if not streamed:
+        body = json.dumps({"type": "message", "id": token, "content": [token] * 9})
+        return [body[:50].encode(), body[50:].encode()]
+    first = sse("message_start", message={"id": token, "usage": {}})
+    return [first, *(delta(f"{token} {i}") for i in range(4)), STOP]
+
+
+def misbehaves(chance: random.Random) -> Answering:
+    """Return what fails in each of seven ways four times in a hundred."""
+
+    def answering(wire: Wire, request: Received) -> None:
+        found = USER_ID.search(request.body)
+        assert found
+        streamed = b'"stream": true' in request.body
+        parts = marked_answer(found[1].decode(), streamed)
+        fate = int(chance.random() / 0.04)
+        if fate < 4:
+            status = (429, 429, 529, 500)[fate]
+            wire.answer(status, error_body(status), *["retry-after: 1"][fate:])
+        elif fate == 4 and streamed:
+            wire.deny()
+            wire.stream(error_event("overloaded_error"))
+        elif fate in (5, 6):
+            if fate == 6 and streamed:
+                wire.stream(*parts[:3], end=False)
+            elif fate == 6:
+                size = b"content-length: %d\r\n\r\n" % len(b"".join(parts))
+                wire.send(b"HTTP/1.1 200 OK\r\n" + size + parts[0])
+            wire.close(reset=fate == 5)
+            raise HungUpError
+        elif streamed:
+            wire.stream(*parts)
+        else:
+            wire.answer(200, b"".join(parts))
+
+    return answering
+
+
+class Caller:
+    """A cheap client that keeps its connection, and judges every answer."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._sock: socket.socket | None = None
+        self._start = f"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+
+    def ask(self, *, streamed: bool) -> str:
+        """Ask once; return how the answer ended."""
+        token = uuid.uuid4().hex
+        body = message(stream=streamed, metadata={"user_id": token})
+        if self._sock is None:
+            self._sock = socket.create_connection(("127.0.0.1", self._port), BOUND_S)
+        length = f"content-length: {len(body)}\r\n\r\n"
+        self._sock.sendall((self._start + length).encode() + body)
+        head, came, whole = self._receive(self._sock)
+        if not whole or b"\r\nconnection: close" in head.lower():
+            self.close()
+        if int(head[9:12]) != 200:
+            assert (whole, json.loads(came)["type"]) == (True, "error"), came
+            return head[9:12].decode()
+        parts = marked_answer(token, streamed)
+        if whole:
+            payload = decode_chunks(came) if streamed else came
+            assert payload == b"".join(parts), came
+        elif streamed:
+            seen = MARKED_DELTA.findall(came)
+            assert seen == [(token.encode(), b"%d" % i) for i in range(len(seen))]
+            assert STOP not in came
+        else:
+            assert b"".join(parts).startswith(came), came
+        return "right" if whole else "cut"
+
+    @staticmethod
+    def _receive(sock: socket.socket) -> tuple[bytes, bytes, bool]:
+        """Return an answer's head, its body as it came, and whether it is whole."""
+        came = b""
+        while True:
+            head, blank, rest = came.partition(b"\r\n\r\n")
+            length = STATED_LENGTH.search(head + b"\r\n") if blank else None
+            ends = rest.endswith(b"\r\n0\r\n\r\n") and not length
+            if ends or (length and len(rest) >= int(length[1])):
+                return head, rest, True
+            try:
+                data = sock.recv(65536)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                assert blank, f"an end without an answer: {came!r}"
+                return head, rest, False
+            came += data
+
+    def close(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+
+def call_many(proxy: Proxy, count: int) -> collections.Counter[str]:
+    """Ask so many times from several threads; return how the answers ended."""
+
+    def some(number: int) -> collections.Counter[str]:
+        caller = Caller(proxy.port)
+        own = range(number, count, CALLERS)
+        ended = collections.Counter(caller.ask(streamed=i % 3 > 0) for i in own)
+        caller.close()
+        return ended
+
+    with ThreadPoolExecutor(CALLERS) as threads:
+        return sum(threads.map(some, range(CALLERS)), collections.Counter())
+
+
+class TestLongRun:
+    def test_faulty_upstreams(self, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+        hurry(monkeypatch, POOL_IDLE_S=0.3)  # so that idle connections go
+        ups = [lab.upstream(misbehaves(random.Random(i))) for i in range(4)]
+        gate_s = claude_lb.FailoverSettings().gate_s
+        failover = {"retryDelayMs": 1, "gateSeconds": gate_s}
+        proxy = lab.proxy(*ups, failover=failover)
+        services, workers = proxy.server.services, proxy.server.workers
+        pool, upstreams = services.pool, services.upstreams
+        clock, since = pool._clock, pool._clock()
+        # 15 s of cooldown in 0.15 s: else one endpoint has to do it all
+        pool._clock = lambda: since + (clock() - since) * 100
+
+        def at_rest() -> tuple[int, int]:
+            check_calm(proxy)
+            connections = proxy.server.connections
+            eventually(lambda: not connections, "no client")
+            eventually(lambda: not any(upstreams._idle.values()), "no idle connection")
+            eventually(lambda: not workers._idle + workers.busy, "no worker")
+            wires = [thread for thread in lab._own if thread.is_alive()][len(ups) :]
+            eventually(lambda: not any(w.is_alive() for w in wires), "no wire")
+            return lab._standing()
+
+        warm_up = call_many(proxy, 200)
+        before = at_rest()
+        ended = call_many(proxy, LONG_RUN)
+        assert at_rest() == before
+        lab.counted += LONG_RUN + 200
+        assert sum(ended.values()) == LONG_RUN
+        assert set(ended) <= {"right", "cut", "429", "500", "502", "503", "529"}
+        assert ended["right"] > LONG_RUN // 2, ended
+        assert min(ended["cut"], ended["502"]) > 0, ended
+        for up in ups:
+            lines = b"\n".join(b"\n".join(r.lines) for r in up.requests)
+            found = collections.Counter(re.findall(rb"canary-[0-9a-f]+", lines))
+            assert found == {up.token.encode(): len(up.requests)}
+        told = collections.Counter(r["ended"] for r in proxy.rows(LONG_RUN + 200))
+        total = warm_up + ended
+        assert (told["ok"], told["truncated"]) == (total["right"], total["cut"])
