@@ -11856,7 +11856,14 @@ def broken_table(name: str, verdict: claude_lb.Verdict) -> tuple[claude_lb.Rule,
     )
 
 
+#: Ten seconds of trying the table: on the oldest and the newest Python.
+at_both_ends = pytest.mark.skipif(
+    (3, 9) < sys.version_info[:2] < (3, 13), reason="tried on Python 3.9 and 3.13"
+)
+
+
 class TestSelftest:
+    @at_both_ends
     def test_all_is_well(self) -> None:
         lines: list[str] = []
         assert claude_lb.run_selftest(lines.append) == []
@@ -11876,6 +11883,7 @@ class TestSelftest:
             assert claude_lb.cmd_selftest() == code
 
 
+@at_both_ends
 class TestWhatItFinds:
     def test_error_relayed_though_the_table_fails_over(
         self, monkeypatch: pytest.MonkeyPatch
