@@ -71,6 +71,12 @@ CRLF = b"\r\n"
 # -- fakes -----------------------------------------------------------------
 
 
+#: For what takes long and is the same on each: on the oldest and the newest Python.
+at_both_ends = pytest.mark.skipif(
+    (3, 9) < sys.version_info[:2] < (3, 13), reason="tried on Python 3.9 and 3.13"
+)
+
+
 class FakeTokenSource:
     """Imitates CLI's environment: variables, commands and proxy rules from dicts."""
 
@@ -8798,6 +8804,7 @@ def block_types(message: Any) -> list[str]:
     return [block.type for block in message.content]
 
 
+@at_both_ends
 class TestAnthropicSdk:
     """The official Python SDK sees a plain Messages API."""
 
@@ -10258,6 +10265,7 @@ STDLIB_3_9 = frozenset(
         "hmac",
         "html",
         "http",
+        "importlib",
         "inspect",
         "io",
         "ipaddress",
@@ -11856,12 +11864,6 @@ def broken_table(name: str, verdict: claude_lb.Verdict) -> tuple[claude_lb.Rule,
     )
 
 
-#: Ten seconds of trying the table: on the oldest and the newest Python.
-at_both_ends = pytest.mark.skipif(
-    (3, 9) < sys.version_info[:2] < (3, 13), reason="tried on Python 3.9 and 3.13"
-)
-
-
 class TestSelftest:
     @at_both_ends
     def test_all_is_well(self) -> None:
@@ -12981,7 +12983,10 @@ class TestReload:
         assert rules(proxy, f"at{a.port}") == []
         assert set(served(proxy, 2)) == {f"at{a.port}", f"at{b.port}"}
 
-    def test_the_watcher_notices_a_change_and_a_fault(self, lab: Lab) -> None:
+    def test_the_watcher_notices_a_change_and_a_fault(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "WATCH_S", 0.05)
         a, b = lab.upstream(), lab.upstream()
         proxy = OnFile(lab, a)
         proxy.path.write_text("{")

@@ -19,8 +19,9 @@ The expected outcomes are in the vectors (status, closed or silent -> Pass, Warn
 Fail); where Http11Probe looks at fields or content as well, `PROBE_CHECKS` does.
 
 *What replies allow.*  The proxy has many equal endpoints, so a second send is always
-possible.  It is right only after an answer that says "not done" (401, 429, 500 ...),
-and wrong after garbage, silence or a cut.  A cut answer to the client is right only
+possible.  It is right only after an answer that says "not done" (401, 429, 500 ...)
+or that nobody generated (a web page, a redirect), and wrong after garbage, silence
+or a cut.  A cut answer to the client is right only
 where the upstream's reply was cut.
 
 Usage (needs the vectors in ../shared/vectors; without them it says so and exits 0):
@@ -1085,7 +1086,9 @@ def judge_sends(scripts: list[Script], counts: Counter[int]) -> list[Problem]:
     problems = []
     for script in scripts:
         sends = counts[script.number]
-        allowed = SENDS_MAX if sketch(script.reply).status in REFUSALS else 1
+        status, head = sketch(script.reply).status, script.reply.lower()[:4096]
+        page = b"text/html" in head or 300 <= (status or 0) < 400
+        allowed = SENDS_MAX if page or status in REFUSALS else 1
         if sends > allowed:
             name = f"{script.name} after {script.method}"
             wanted = f"{allowed} sends at most"
