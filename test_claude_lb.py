@@ -12287,15 +12287,44 @@ class TestFailover:
         assert proxy.post().body == START + STOP
         assert (calls(*ups), rules(proxy, "up1")) == ([1, 1], [])
 
-    def test_row_5_a_network_that_is_gone_cools_nobody_down(
-        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EADDRNOTAVAIL])
+    def test_rows_5_and_13_a_network_that_is_gone_cools_nobody_down(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch, number: int
     ) -> None:
         # No network namespace here: the error comes from the nearest call.
-        gone = OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+        gone = OSError(number, os.strerror(number))
         monkeypatch.setattr(claude_lb, "_start_connect", lambda _: (None, gone))
         proxy, *_ = over(lab, lab.refusing(), lab.refusing())
         own_error(proxy.post(), 502, "api_error")
         assert [rules(proxy, name) for name in states(proxy)] == [[], []]
+
+    def test_rows_17_to_19_addresses_outlive_the_name_server(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now, limits = [1000.0], []
+        answers: list[Any] = [["first"], ["second"], OSError("gone"), TimeoutError()]
+
+        def resolving(host: str, port: int, until: float, _: object) -> Any:
+            limits.append(until)
+            found = answers.pop(0)
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        monkeypatch.setattr(claude_lb, "resolve", resolving)
+        book = claude_lb.Addresses(clock=lambda: now[0])
+
+        def look_up() -> Any:
+            return book.of("x.example", 443, now[0] + 4.0, None)
+
+        assert [look_up(), look_up()] == [["first"], ["second"]]  # it may change
+        assert [look_up(), look_up()] == [["second"], ["second"]]  # not found, hangs
+        # One that hangs leaves time to connect by what is known
+        assert limits == [1004.0, 1002.0, 1002.0, 1002.0]
+        now[0] += claude_lb.ADDRESSES_S
+        answers.append(OSError("gone"))
+        with pytest.raises(OSError, match="gone"):
+            look_up()
 
     def test_row_17_a_name_that_is_not_found_goes_to_the_next_endpoint(
         self, lab: Lab, monkeypatch: pytest.MonkeyPatch
@@ -12354,7 +12383,7 @@ class TestGate:
             ("of_tomorrow_error", 500),
         ],
     )
-    def test_an_early_error_fails_over_unseen(
+    def test_row_27_an_early_error_fails_over_unseen(
         self, lab: Lab, kind: str, status: int, prefix: bytes, size: int
     ) -> None:
         event = error_event(kind)
@@ -12390,7 +12419,7 @@ class TestGate:
 
     @pytest.mark.parametrize("late", [False, True])
     @pytest.mark.parametrize("end", ["error", "cut"])
-    def test_nothing_is_replayed(self, lab: Lab, end: str, late: bool) -> None:
+    def test_row_28_nothing_is_replayed(self, lab: Lab, end: str, late: bool) -> None:
         event, go = error_event("overloaded_error"), lab.gate()
         first = START if late else START + delta(1)
 
@@ -12915,7 +12944,7 @@ class TestReload:
         assert f"at{b.port}" in served(proxy, 2)
         assert wires[0] is wires[1]
 
-    def test_a_removed_endpoint_drains(self, lab: Lab) -> None:
+    def test_row_68_a_removed_endpoint_drains(self, lab: Lab) -> None:
         go, closed = lab.gate(), lab.gate()
 
         def answering(wire: Wire, request: Received) -> None:
@@ -12954,7 +12983,9 @@ class TestReload:
             ('{"endpoints": [{"baseURL": "x"}], "servr": {}}', "servr"),
         ],
     )
-    def test_a_faulty_file_counts_not(self, lab: Lab, text: str, told: str) -> None:
+    def test_row_66_a_faulty_file_counts_not(
+        self, lab: Lab, text: str, told: str
+    ) -> None:
         a = lab.upstream()
         proxy = OnFile(lab, a)
         proxy.path.write_text(text)
@@ -13012,7 +13043,7 @@ class TestReload:
         lab.stopped(proxy)
         eventually(lambda: not watcher.is_alive(), "its end", PROMPT_S)
 
-    def test_200_live_streams_outlive_20_reloads(self, lab: Lab) -> None:
+    def test_row_67_200_live_streams_outlive_20_reloads(self, lab: Lab) -> None:
         rounds = [lab.gate() for _ in range(20)]
         lasting = by_turns(rounds, START)
 
