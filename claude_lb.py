@@ -3512,8 +3512,6 @@ class Cooling(NamedTuple):
             return "as stated"
         if not self.first_s:
             return "-"
-        if math.isinf(self.first_s):
-            return "until changed"
         most = f" to {self.most_s:g}" if self.most_s > self.first_s else ""
         return f"{self.first_s:g}{most} s"
 
@@ -4160,8 +4158,6 @@ class Trouble:
         left = self.until - now
         if left <= 0:
             return f"{about}recovering, {self.limit} at a time after {self.rule.name}"
-        if math.isinf(left):
-            return f"{about}{self.why}: {self.rule.why}"
         return f"{about}cools down {left:.0f} s more ({self.rule.name}): {self.why}"
 
 
@@ -4246,10 +4242,7 @@ class Live:
         length_s = evidence.length_s(trouble.failures + 1, wanted_s)
         trouble.begin(rule, evidence.why, length_s, now)
         about = f" for {evidence.key}" if evidence.key else ""
-        shown = (
-            f"{length_s:.0f} s" if math.isfinite(length_s) else "until it is changed"
-        )
-        return f"{self.endpoint.name} cools down{about}, {shown}: {rule.name}"
+        return f"{self.endpoint.name} cools down{about}, {length_s:.0f} s: {rule.name}"
 
     def tidy(self, now: float) -> None:
         """Forget cooldowns of models that were over a minute before `now`."""
@@ -8209,7 +8202,7 @@ def _state_document(state: EndpointSnapshot) -> dict[str, object]:
             {
                 "model": key or None,
                 "rule": rule,
-                "seconds": None if math.isinf(left) else round(left, 1),
+                "seconds": round(left, 1),
             }
             for key, rule, left in state.cooldowns
         ],
@@ -10037,12 +10030,15 @@ def cmd_explain(arguments: argparse.Namespace) -> int:
     if arguments.status is None:
         print("\n".join(table_lines(RULES)))
         return 0
+    settings = FailoverSettings()
+    if arguments.config:
+        settings = read_config_file(arguments.config).failover
     kept = "".join(f"{line.strip()}\r\n" for line in arguments.header)
     lines = explain_lines(
         arguments.status,
         kept.encode("latin-1", "replace"),
         arguments.body.encode(),
-        FailoverSettings(),
+        settings,
         time.time(),  # noqa: TID251 - resets are stated in epoch seconds
     )
     print("\n".join(lines))
@@ -10341,8 +10337,6 @@ def cmd_serve(config: Config, read: Callable[[], Config]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = build_parser().parse_args(argv)
-    if arguments.command == "explain":
-        return cmd_explain(arguments)
     if arguments.command == "selftest":
         return cmd_selftest()
 
@@ -10351,6 +10345,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return apply_overrides(read_config_file(config.source), arguments)
 
     try:
+        if arguments.command == "explain":
+            return cmd_explain(arguments)
         config = apply_overrides(find_config(arguments), arguments)
         if arguments.check:
             for warning in config.warnings:

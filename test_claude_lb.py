@@ -3151,8 +3151,6 @@ def length_word(cooling: claude_lb.Cooling) -> str:
     mark = "!" if cooling.attention else ""
     if cooling.stated:
         return "stated" + mark
-    if cooling.first_s == float("inf"):
-        return "changed" + mark
     if cooling.first_s >= 60:
         return "long" + mark
     if cooling.most_s > cooling.first_s:
@@ -13699,6 +13697,13 @@ class TestExplain:
             why = next(r.why for r in claude_lb.RULES if r.name == row)
             assert f"why: {why}" in rest
             assert told in "\n".join([found, *rest])
+
+    def test_a_file_has_its_say(self, program: Program, closed_port: int) -> None:
+        wish = {"failover": {"statuses": {"418": "failover"}}}
+        program.write("c.json", {"endpoints": [near(closed_port)], **wish})
+        run = program.run("-c", "c.json", "explain", "--status", "418")
+        assert (run.code, "configured" in run.out) == (0, True)
+        assert program.run("-c", "none.json", "explain", "--status", "418").code == 2
 
     def test_the_program_runs_it(self, program: Program) -> None:
         run = program.run("explain", "--status", "529")
