@@ -4823,10 +4823,10 @@ class Pool:
             return self._recover(lease, now) if live.troubles else ""
 
     def note(self, endpoint: Endpoint, *, answering: bool, why: str) -> None:
-        """Take evidence that came without an attempt."""
+        """Take evidence that came without an attempt: an attempt says more."""
         with self._lock:
             live = self._lives.get(endpoint.name)
-            if live is not None:
+            if live is not None and not live.used:
                 live.answering, live.why, live.seen_at = answering, why, self._clock()
 
     def pin(self, ids: Sequence[str], maker: Endpoint) -> None:
