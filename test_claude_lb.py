@@ -4508,6 +4508,7 @@ class TestPoolExhaustion:
         assert found == claude_lb.Exhaustion(None, (), unserved=True)
 
 
+@at_both_ends
 class TestPoolWalk:
     ROWS = ("server-error", "limited", "overloaded", "credential", "request", "lost")
     SETS = ("abcd", "ab", "dcbaE", "bcde")
@@ -9350,6 +9351,7 @@ def listening_on(run: Run) -> str:
 # -- 19. cli ---------------------------------------------------------------
 
 
+@at_both_ends
 class TestCliOptions:
     def test_the_version_is_told(self, program: Program) -> None:
         run = program.run("--version")
@@ -9436,6 +9438,7 @@ class TestCliOptions:
         assert name in run.err
 
 
+@at_both_ends
 class TestCliCheck:
     def test_a_good_file_is_shown_without_its_secrets(self, program: Program) -> None:
         program.write(
@@ -9599,6 +9602,7 @@ PLACES = (
 )
 
 
+@at_both_ends
 class TestCliPlaces:
     @pytest.mark.parametrize("count", [4, 3, 2, 1])
     def test_the_first_place_that_holds_a_file_is_taken(
@@ -9683,6 +9687,7 @@ class TestCliPlaces:
         assert "Traceback" not in run.err
 
 
+@at_both_ends
 class TestCliPrecedence:
     @pytest.mark.parametrize(
         ("file", "variable", "flag", "port"),
@@ -9820,6 +9825,7 @@ class TestCliPrecedence:
         assert (run.code, "circle" in run.err) == (2, True)
 
 
+@at_both_ends
 class TestCliStart:
     def test_the_start_tells_the_address_the_endpoints_and_the_next_step(
         self, program: Program, closed_port: int
@@ -13782,6 +13788,7 @@ claude_binary_path = "claude"
 """
 
 
+@at_both_ends
 class TestCliForeignFiles:
     def test_a_providers_file_is_explained(self, program: Program) -> None:
         program.write("providers.json", PROVIDERS_1)
@@ -13945,6 +13952,7 @@ def call_many(proxy: Proxy, count: int) -> collections.Counter[str]:
         return sum(threads.map(some, range(CALLERS)), collections.Counter())
 
 
+@at_both_ends
 class TestLongRun:
     def test_faulty_upstreams(self, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
         hurry(monkeypatch, POOL_IDLE_S=0.3)  # so that idle connections go
