@@ -11592,17 +11592,6 @@ class TestGroups:
         assert said(result, "health_check.interval_seconds", "not in this version")
         assert said(result, "graceful_switch_timeout_ms", "not in this version")
 
-    def test_health_once_there_is_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(claude_lb, "HEALTH_SECTION", True)
-        assert translated(GROUPS_1).raw["health"] == {
-            "method": "cli",
-            "intervalSeconds": 120,
-            "timeoutSeconds": 15,
-            "claudeBinaryPath": "/path/to/claude/binary",
-            "gracefulSwitchTimeoutMs": 30000,
-        }
-        assert "health" not in translated(groups()).raw
-
     def test_a_threshold_in_the_wrong_place_is_named(self) -> None:
         result = translated(GROUPS_2)
         assert result.raw["balancing"]["switchThresholdMs"] == 50
