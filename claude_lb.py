@@ -2,7 +2,7 @@
 """claude_lb: one address in front of several Claude endpoints, in one file.
 
 Life of a request
-    Server.accept_waiting -> Relay.unpark -> Reception.take (what is chunked, bad or
+    Door.accept_waiting -> Relay.unpark -> Reception.take (what is chunked, bad or
     for us goes to a Handler, in a worker) -> parse_request_head -> Access.admit
     -> Upload -> Exchange.start -> Pool.reserve -> Upstreams.take, or connect in a
     worker -> Attempt -> hold_for (errors and first events are looked at) -> judge,
@@ -204,6 +204,8 @@ BRACKETS = 1_000_000  # in such a body: 0.3 s to go through
 FIRST_MESSAGES = 4  # among these is the first one of the user's
 TROUBLES = 64  # cooldowns of one endpoint: its own and those of models
 RAMP_MOST = 16  # attempts at once after a cooldown: 1, 2, 4 ... then no limit
+WINDOW_S = 18_000.0  # subscriptions count their use in windows of five hours
+WINDOW_NEAR_S = 3_600.0  # before its end a window is worth using up
 LIMITS_S = 300.0  # what an answer said of its limits is too old to go by
 HISTORY = 20  # late attempts whose times are kept
 LATENCY_SHARE = 0.2  # of the newest sample in an endpoint's average
@@ -274,6 +276,7 @@ STRATEGY_NAMES = (
     "least_busy",
     "headroom",
     "fastest",
+    "window",
 )
 LEVELS = {"debug": 10, "info": 20, "warn": 30, "warning": 30, "error": 40}
 CLIENT_KEY_CHARACTERS = 32
@@ -335,8 +338,9 @@ class RefusedError(ProxyError):
         self.message = message
         self.fields = fields
         self.close = close
-        #: Whole header lines besides.
+        #: Whole header lines, and members of the document, besides.
         self.lines = b""
+        self.facts: dict[str, object] = {}
 
 
 class UpstreamError(ProxyError):
@@ -827,6 +831,10 @@ class EndpointSnapshot:
     history: tuple[tuple[float, float | None, str], ...]
     #: Limit fields of the last answer that had some.
     limits: Mapping[str, str]
+    #: Seconds left of its five-hour window (infinitely negative: none has begun), and
+    #: the attempts in it.
+    window_s: float
+    window_used: int
 
 
 @dataclass(frozen=True)
@@ -1532,6 +1540,32 @@ def _keys(value: Any, path: str, faults: _Faults) -> tuple[Secret, ...]:
     return tuple(v for v in read if v is not None)
 
 
+def _path_or_null(value: Any, path: str, faults: _Faults) -> str | None:
+    """Return a path; "" for null."""
+    return "" if value is None else _text(value, path, faults)
+
+
+def _web_url(value: Any, path: str, faults: _Faults) -> str | None:
+    """Return an address that secrets are sent to: https, or on this machine."""
+    text = _text(value, path, faults)
+    try:
+        parts = urllib.parse.urlsplit(text or "")
+        safe = parts.scheme == "https" or is_loopback(parts.hostname or "")
+        good = safe and bool(parts.hostname) and parts.scheme in ("http", "https")
+    except ValueError:
+        good = False
+    if text is not None and not (good and _sendable(text)):
+        faults.add(path, "expected an https URL, or an http one of this machine")
+    return text
+
+
+def _plans(value: Any, path: str, faults: _Faults) -> dict[str, tuple[str, ...]]:
+    if not isinstance(value, dict):
+        faults.wrong(path, "an object: name of a plan -> list of model patterns", value)
+        return {}
+    return {k: _texts(v, f"{path}.{k}", faults) for k, v in value.items()}
+
+
 def _sendable(text: str) -> bool:
     """Tell whether `text` can stand in a header field as it is."""
     return text.isascii() and text.isprintable() and " " not in text
@@ -1580,6 +1614,26 @@ _FAILOVER_KEYS: dict[str, tuple[str, _Reader]] = {
     "gateSeconds": ("gate_s", _number(0, 600)),
     "resendAmbiguous": ("resend_ambiguous", _flag),
 }
+_STORAGE_KEYS: dict[str, tuple[str, _Reader]] = {
+    "database": ("database", _path_or_null),
+    "history": ("history", _flag),
+    "retentionDays": ("retention_days", _number(0.01, 36_500)),
+    "maxRows": ("max_rows", _number(1, 100_000_000, whole=True)),
+}
+_ACCOUNT_KEYS: dict[str, tuple[str, _Reader]] = {
+    "names": ("names", _texts),
+    "baseURL": ("base_url", _web_url),
+    "authorizeURL": ("authorize_url", _web_url),
+    "consoleAuthorizeURL": ("console_authorize_url", _web_url),
+    "tokenURL": ("token_url", _web_url),
+    "redirectURL": ("redirect_url", _web_url),
+    "apiKeyURL": ("api_key_url", _web_url),
+    "clientId": ("client_id", _text),
+    "scopes": ("scopes", _texts),
+    "consoleScopes": ("console_scopes", _texts),
+    "tickerMinutes": ("ticker_minutes", _number(0, 1440)),
+    "tickerModel": ("ticker_model", _text),
+}
 _STEP_KEYS: dict[str, tuple[str, _Reader]] = {
     "endpoint": ("endpoint", _text),
     "group": ("group", _text),
@@ -1592,7 +1646,7 @@ _ENDPOINT_KEYS: dict[str, tuple[str, _Reader]] = {
     "authToken": ("token", _text),
     "authTokenEnv": ("token_env", _text),
     "authTokenCommand": ("token_command", _text),
-    "authType": ("auth_type", _choice(*(a.value for a in AuthType))),
+    "authType": ("auth_type", _choice("api_key", "auth_token", "passthrough")),
     "name": ("name", _text),
     "enabled": ("enabled", _flag),
     "default": ("default", _flag),
@@ -1602,20 +1656,22 @@ _ENDPOINT_KEYS: dict[str, tuple[str, _Reader]] = {
     "weight": ("weight", _number(1, 1000, whole=True)),
     "priority": ("priority", _number(-1000, 1000, whole=True)),
     "models": ("models", _texts),
+    "plan": ("plan", _text),
 }
 # What the endpoints of a group share, unless they have their own.
 _SHARED_KEYS = ("authToken", "authTokenEnv", "authTokenCommand", "authType")
 _GROUP_KEYS = ("name", "default", "endpoints", *_SHARED_KEYS)
-_SECTION_KEYS = (
-    "endpoints",
-    "groups",
-    "routes",
-    "server",
-    "balancing",
-    "failover",
-    "timeouts",
-    "log",
-)
+# Name, which is the field of Config as well -> what it holds
+_SECTIONS: dict[str, tuple[type, dict[str, tuple[str, _Reader]]]] = {
+    "server": (ServerSettings, _SERVER_KEYS),
+    "balancing": (BalancingSettings, _BALANCING_KEYS),
+    "failover": (FailoverSettings, _FAILOVER_KEYS),
+    "timeouts": (TimeoutSettings, _TIMEOUT_KEYS),
+    "log": (LogSettings, _LOG_KEYS),
+    "storage": (StorageSettings, _STORAGE_KEYS),
+    "accounts": (AccountSettings, _ACCOUNT_KEYS),
+}
+_SECTION_KEYS = ("endpoints", "groups", "routes", "plans", *_SECTIONS)
 
 
 def _read_keys(
@@ -1790,6 +1846,7 @@ def _read_endpoint(
         weight=values.get("weight", 1),
         priority=values.get("priority", 0),
         models=values.get("models", ()),
+        plan=values.get("plan", ""),
     )
 
 
@@ -1804,9 +1861,9 @@ class _Listed(NamedTuple):
 def _listed_endpoints(raw: Mapping[str, Any], faults: _Faults) -> list[_Listed]:
     """Return what `endpoints` and `groups` list, in that order."""
     plain, groups = raw.get("endpoints"), raw.get("groups", [])
-    if isinstance(plain, list) and (plain or groups):
+    if isinstance(plain, list) and plain:
         listed = [_Listed(e, f"endpoints[{i}]", "") for i, e in enumerate(plain)]
-    elif plain is None and groups:
+    elif not plain and (groups or "accounts" in raw):
         listed = []
     else:
         faults.wrong("endpoints", "a list with at least one endpoint", plain)
@@ -1894,8 +1951,26 @@ def _read_step(
     return RouteStep(name, group, sent, values.get("priority"))
 
 
+def _with_plan(
+    endpoint: Endpoint,
+    plans: Mapping[str, tuple[str, ...]],
+    path: str,
+    faults: _Faults,
+) -> Endpoint:
+    """Return an endpoint with the models of its plan, if it lists none itself."""
+    if not endpoint.plan or endpoint.models:
+        return endpoint
+    if endpoint.plan not in plans:
+        hint = near_miss(endpoint.plan, plans)
+        faults.add(f"{path}.plan", f"there is no plan {endpoint.plan}{hint}")
+    return dataclasses.replace(endpoint, models=plans.get(endpoint.plan, ()))
+
+
 def _read_endpoints(
-    raw: Mapping[str, Any], source: TokenSource, faults: _Faults
+    raw: Mapping[str, Any],
+    plans: Mapping[str, tuple[str, ...]],
+    source: TokenSource,
+    faults: _Faults,
 ) -> tuple[Endpoint, ...]:
     """Return the endpoints, each with a name of its own."""
     endpoints: list[Endpoint] = []
@@ -1910,7 +1985,8 @@ def _read_endpoints(
         names = itertools.chain([endpoint.name], numbered)
         name = next(n for n in names if n not in taken)
         taken.add(name)
-        endpoints.append(dataclasses.replace(endpoint, name=name, group=group))
+        endpoint = dataclasses.replace(endpoint, name=name, group=group)
+        endpoints.append(_with_plan(endpoint, plans, path, faults))
     if endpoints and not any(e.enabled for e in endpoints) and not faults.lines:
         faults.add("endpoints", "every endpoint is disabled")
     if sum(e.default for e in endpoints) > 1:
@@ -2015,36 +2091,35 @@ def parse_config(text: str, *, name: str, source: TokenSource) -> Config:
     for key in raw:
         if key not in _SECTION_KEYS:
             faults.add(key, f"unknown key{near_miss(key, _SECTION_KEYS)}")
-    endpoints = _read_endpoints(raw, source, faults)
-    server, timeouts, log, balancing, failover = (
-        _read_keys(raw.get(name, {}), name, keys, faults)
-        for name, keys in (
-            ("server", _SERVER_KEYS),
-            ("timeouts", _TIMEOUT_KEYS),
-            ("log", _LOG_KEYS),
-            ("balancing", _BALANCING_KEYS),
-            ("failover", _FAILOVER_KEYS),
-        )
-    )
-    sound = not faults.lines  # else a name may be missing for that alone
-    routes = _read_routes(raw.get("routes", {}), endpoints if sound else None, faults)
-    for index, origin in enumerate(server.get("cors_origins", ())):
-        if origin != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", origin):
-            where = f"server.corsOrigins[{index}]"
-            faults.add(where, "expected an origin such as https://app.example, or *")
+    plans = {**DEFAULT_PLANS, **_plans(raw.get("plans", {}), "plans", faults)}
+    endpoints = _read_endpoints(raw, plans, source, faults)
+    sections = _read_sections(raw, faults)
+    # Names may be missing for a fault alone, or be those of accounts
+    known = None if faults.lines or "accounts" in raw else endpoints
+    routes = _read_routes(raw.get("routes", {}), known, faults)
     if faults.lines:
         raise ConfigError([f"{name}: {line}" for line in faults.lines])
     return Config(
-        endpoints,
-        ServerSettings(**server),
-        TimeoutSettings(**timeouts),
-        LogSettings(**log),
-        BalancingSettings(**balancing),
-        FailoverSettings(**failover),
-        routes,
-        source=name,
-        notes=notes,
+        endpoints, routes=routes, plans=plans, source=name, notes=notes, **sections
     )
+
+
+def _read_sections(raw: Mapping[str, Any], faults: _Faults) -> dict[str, Any]:
+    """Return the settings that a file's sections hold, by the fields of Config."""
+    sections = {}
+    for name, (settings, keys) in _SECTIONS.items():
+        if name in raw:
+            values = _read_keys(raw[name], name, keys, faults)
+            if values.get("database") == "":
+                values["database"] = None
+            sections[name] = settings(**values)
+    for index, origin in enumerate(
+        sections.get("server", ServerSettings()).cors_origins
+    ):
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", origin):
+            where = f"server.corsOrigins[{index}]"
+            faults.add(where, "expected an origin such as https://app.example, or *")
+    return sections
 
 
 def final_faults(config: Config) -> list[str]:
@@ -2345,6 +2420,15 @@ def _credential_line(endpoint: Endpoint) -> bytes:
     return b"x-api-key: " + secret + CRLF
 
 
+def _with_beta(lines: list[bytes], betas: str) -> list[bytes]:
+    """Return `lines` with the beta that OAuth needs besides the client's `betas`."""
+    if OAUTH_BETA in (b.strip() for b in betas.split(",")):
+        return lines
+    kept = [x for x in lines if x[:15].lower() != b"anthropic-beta:"]
+    merged = f"{betas},{OAUTH_BETA}" if betas else OAUTH_BETA
+    return [*kept, b"anthropic-beta: " + merged.encode("latin-1")]
+
+
 @lru_cache(maxsize=512)
 def upstream_head(
     head: RequestHead, endpoint: Endpoint, via: str, credentials: tuple[bytes, ...]
@@ -2352,7 +2436,8 @@ def upstream_head(
     """Return the request head for `endpoint`, less its length and empty line.
 
     `via` names this process, so that a request that comes round is known again.
-    `credentials` are the client's own lines, for endpoints that pass them.
+    `credentials` are lines for endpoints without a credential of their own: the
+    client's, or those of an account.
     """
     listed = connection_options(head.values)
     # What we look into must come plain; POST makes the things whose ids we pin
@@ -2370,10 +2455,12 @@ def upstream_head(
         kept.append(b"anthropic-version: " + ANTHROPIC_VERSION.encode())
     if b"content-type" not in head.values and head.method in ("POST", "PUT", "PATCH"):
         kept.append(b"content-type: application/json")
+    if endpoint.auth_type is AuthType.OAUTH:
+        kept = _with_beta(kept, head.values.get(b"anthropic-beta", ""))
     before = head.values.get(b"x-claude-lb-via", "")
     marks = f"{before}, {via}" if before else via
     start = f"{head.method} {endpoint.prefix}{head.target} HTTP/1.1\r\nHost: "
-    passing = endpoint.auth_type is AuthType.PASSTHROUGH
+    passing = endpoint.auth_type in (AuthType.PASSTHROUGH, AuthType.OAUTH)
     return b"%b%b\r\n%bx-claude-lb-via: %b\r\n%b" % (
         start.encode("latin-1"),
         endpoint.authority.encode("ascii"),
@@ -2566,6 +2653,13 @@ def headroom_of(kept: bytes) -> float:
             limit = _parse_number(fields.get(name[:-9] + "limit", ""))
             rooms += [number / limit] if limit else []
     return min(1.0, max(0.0, min(rooms, default=1.0)))
+
+
+def window_left_s(kept: bytes, epoch: float) -> float | None:
+    """Return the seconds that are left of a subscription's window; None: unknown."""
+    reset = _parse_number(limit_fields(kept).get("unified-5h-reset", ""))
+    good = reset is not None and -WINDOW_S <= reset - epoch <= WINDOW_S
+    return reset - epoch if reset is not None and good else None
 
 
 def answer_start(status: int, reason: bytes = b"") -> bytes:
@@ -3695,6 +3789,9 @@ class Candidate(Protocol):
     saved: float
     #: What is left of its limits: 0 to 1, 1 where nothing is known.
     headroom: float
+    #: Monotonic end of its five-hour window, and the requests in it.
+    window_until: float
+    window_used: int
 
 
 class Turn(NamedTuple):
@@ -3706,6 +3803,8 @@ class Turn(NamedTuple):
     chance: float
     #: For `fastest`: a smaller gain is no reason to switch.
     threshold_ms: float
+    #: Monotonic seconds.
+    now: float = 0.0
 
 
 def round_robin(ready: Sequence[Candidate], turn: Turn) -> Candidate:
@@ -3764,6 +3863,21 @@ def fastest(ready: Sequence[Candidate], turn: Turn) -> Candidate:
     return best if gain >= turn.threshold_ms else current
 
 
+def window(ready: Sequence[Candidate], turn: Turn) -> Candidate:
+    """Return the one whose five-hour window is to be used first.
+
+    Windows that have not begun go first, so that they do; then those that end within
+    the hour; then the least used.
+    """
+    left_s = [c.window_until - turn.now for c in ready]
+    phases = [(left > 0) + (left > WINDOW_NEAR_S) for left in left_s]
+    first = min(phases)
+    return min(
+        (c for c, phase in zip(ready, phases) if phase == first),
+        key=lambda c: (c.window_used if first else 0, c.used, c.used_at),
+    )
+
+
 # `priority` is round-robin inside the lowest eligible priority, as all are.
 STRATEGIES: Mapping[str, Callable[[Sequence[Candidate], Turn], Candidate]] = {
     "round_robin": round_robin,
@@ -3774,6 +3888,7 @@ STRATEGIES: Mapping[str, Callable[[Sequence[Candidate], Turn], Candidate]] = {
     "least_busy": least_busy,
     "headroom": headroom,
     "fastest": fastest,
+    "window": window,
 }
 
 
@@ -3822,6 +3937,18 @@ def pattern_matches(pattern: str, model: str) -> bool:
     return _pattern(pattern).fullmatch(model) is not None
 
 
+def serves_model(patterns: Sequence[str], model: str | None) -> bool:
+    """Tell whether `patterns` leave a model: those with `!` take away, none leave all.
+
+    None, a model that is not known, may be any: only lists of what is served bar it.
+    """
+    named = [p for p in patterns if not p.startswith("!")]
+    if model is None:
+        return not named
+    barred = any(p.startswith("!") and pattern_matches(p[1:], model) for p in patterns)
+    return not barred and (not named or any(pattern_matches(p, model) for p in named))
+
+
 def targets_for(config: Config, model: str | None) -> tuple[Target, ...]:
     """Return who may serve `model`, by routes, else by the endpoints' own lists.
 
@@ -3829,19 +3956,18 @@ def targets_for(config: Config, model: str | None) -> tuple[Target, ...]:
     that no route speaks of it, and only who serves all models may have it.
     """
     enabled = config.enabled
+    unrouted = tuple(
+        Target(e, e.priority) for e in enabled if serves_model(e.models, model)
+    )
     if model is None:
-        return tuple(Target(e, e.priority) for e in enabled if not e.models)
+        return unrouted
     named = [r for r in config.routes if pattern_matches(r.pattern, model)]
     exact = [r for r in named if r.pattern.lower() == model.lower()]
     route = next((r for r in (*exact, *named) if r.steps), None)
     if route is None and named:
         return ()  # all its steps are disabled
     if route is None:
-        return tuple(
-            Target(e, e.priority)
-            for e in enabled
-            if not e.models or any(pattern_matches(p, model) for p in e.models)
-        )
+        return unrouted
     return tuple(
         Target(e, e.priority if s.priority is None else s.priority, s.model)
         for s in route.steps
@@ -3854,7 +3980,10 @@ def served_models(config: Config) -> tuple[str, ...]:
     """Return the patterns of all that is served, for people."""
     names = [r.pattern for r in config.routes]
     for endpoint in config.enabled:
-        names += endpoint.models or ("*",)
+        barred = [p[1:] for p in endpoint.models if p.startswith("!")]
+        names += [p for p in endpoint.models if not p.startswith("!")]
+        if len(barred) == len(endpoint.models):
+            names.append(f"all but {', '.join(barred)}" if barred else "*")
     return tuple(dict.fromkeys(names))
 
 
@@ -3876,6 +4005,7 @@ class Verdict(Enum):
     ONE_MORE = "one other endpoint"
     RETRY = "once more there, then another"
     FRESH = "there, on a fresh connection"
+    RENEW = "there, with a fresh token"
     AMBIGUOUS = "relay, or another by resendAmbiguous"
 
 
@@ -3902,6 +4032,7 @@ class Sign(Enum):
     SPEND = "spend cap"
     CREDIT = "speaks of limit or credit"
     REQUEST = "speaks of the request"
+    ACCOUNT = "an account's token"
     MODEL = "names the model"
     EVENT = "error event"
     CUT = "cut or silent"
@@ -4006,6 +4137,8 @@ RULES = (
          _HOUR, "the account's billing"),
     Rule("login", _ANSWER, (401,), Sign.REQUEST, Verdict.RELAY, Scope.NONE, _NOT,
          "it refuses this kind of request, not the credential"),
+    Rule("expired", _ANSWER, (401,), Sign.ACCOUNT, Verdict.RENEW, Scope.NONE, _NOT,
+         "a token runs out: the login gives a fresh one, which is tried once"),
     Rule("credential", _ANSWER, (401,), Sign.NONE, Verdict.ANOTHER, Scope.ENDPOINT,
          _CHANGED, "its credential is refused: look at it, then resume"),
     Rule("forbidden", _ANSWER, (403,), Sign.NONE, Verdict.ANOTHER, Scope.MODEL,
@@ -4036,6 +4169,7 @@ MODEL_STATUSES = frozenset(
     if rule.scope is Scope.MODEL or rule.sign is Sign.MODEL_WINDOW
 )
 OWN_RULE = next(r for r in RULES if r.name == "request")
+CREDENTIAL_RULE = next(r for r in RULES if r.name == "credential")
 
 
 class Finding(NamedTuple):
@@ -4091,7 +4225,7 @@ def _matches(rule: Rule, finding: Finding) -> bool:
 
 
 def next_step(rule: Rule, chances: Chances) -> Verdict:
-    """Return what to do now: RELAY, ANOTHER, RETRY or FRESH."""
+    """Return what to do now: RELAY, ANOTHER, RETRY, FRESH or RENEW."""
     verdict = rule.verdict
     if verdict is Verdict.RETRY and chances.retries > 0:
         return Verdict.RETRY
@@ -4163,11 +4297,18 @@ def error_of(body: bytes) -> tuple[str, str, str]:
 
 
 def finding_of_answer(
-    status: int, body: bytes, *, stated: bool, limits: Mapping[str, str], model: str
+    status: int,
+    body: bytes,
+    *,
+    stated: bool,
+    limits: Mapping[str, str],
+    model: str,
+    renewable: bool = False,
 ) -> Finding:
     """Return what an error answer shows.
 
-    `stated` says that it states a reset; `limits` are its limit fields.
+    `stated` says that it states a reset, `renewable` that the credential it was
+    asked with can be exchanged for a fresh one; `limits` are its limit fields.
     """
     if status < 400:  # most login pages are reached by a redirect
         return Finding(Phase.WAIT, status, Sign.PAGE)
@@ -4181,6 +4322,8 @@ def finding_of_answer(
         sign = Sign.CREDIT
     elif status == 401 and _NO_LOGIN.match(message):
         sign = Sign.REQUEST
+    elif status == 401 and renewable:
+        sign = Sign.ACCOUNT
     elif status == 404 and ("model:" in message or (model and model in message)):
         sign = Sign.MODEL
     return Finding(Phase.ANSWER, status, sign, kind)
@@ -4312,8 +4455,33 @@ class Exhaustion(NamedTuple):
     unknown: str = ""
 
 
+def _refusal_for_model(
+    model: str | None, served: Sequence[str], endpoints: Sequence[Endpoint]
+) -> RefusedError:
+    """Return the answer where no endpoint serves a model at all.
+
+    The facts are those that the account balancer's users know.
+    """
+    wanted = f"the model {model}" if model else "a model that can't be read"
+    text = f"no endpoint here serves {wanted}: served are {', '.join(served)}"
+    if model and any(e.plan for e in endpoints):
+        text = f"No accounts support the requested model: {model}."
+        opus = " Opus requires Max plan accounts."
+        text += opus if model_family(model) == "opus" else ""
+    refusal = RefusedError(403, text, close=False)
+    refusal.facts["requestedModel"] = model
+    refusal.facts["availableAccounts"] = [
+        {"name": e.name, "plan": e.plan or None, "models": list(e.models)}
+        for e in endpoints
+    ]
+    return refusal
+
+
 def refusal_for_exhaustion(
-    model: str | None, exhaustion: Exhaustion, served: Sequence[str]
+    model: str | None,
+    exhaustion: Exhaustion,
+    served: Sequence[str],
+    endpoints: Sequence[Endpoint] = (),
 ) -> RefusedError:
     """Return the answer to the client when nobody may serve its request."""
     states = "; ".join(exhaustion.states)
@@ -4321,9 +4489,7 @@ def refusal_for_exhaustion(
         text = f"x-claude-lb-endpoint: no endpoint {exhaustion.unknown} serves here"
         return RefusedError(400, text, close=False)
     if exhaustion.unserved:
-        wanted = f"the model {model}" if model else "a model that can't be read"
-        text = f"no endpoint here serves {wanted}: served are"
-        return RefusedError(403, f"{text} {', '.join(served)}", close=False)
+        return _refusal_for_model(model, served, endpoints)
     if exhaustion.reset_s is None:
         return RefusedError(503, f"no endpoint may serve now: {states}", close=False)
     wait_s = math.ceil(exhaustion.reset_s)
@@ -4599,6 +4765,8 @@ class Live:
         "used",
         "used_at",
         "why",
+        "window_until",
+        "window_used",
     )
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -4608,6 +4776,7 @@ class Live:
         self.listed = False
         self.in_flight = self.used = self.succeeded = self.failed = 0
         self.used_at = self.saved = 0.0
+        self.window_until, self.window_used = -math.inf, 0
         #: Monotonic: of the last evidence, and of the last failure.
         self.seen_at = self.failed_at = -math.inf
         #: (monotonic, ms to the first byte or None, why it failed) of late attempts.
@@ -4622,13 +4791,30 @@ class Live:
         self.headroom = 1.0
         self.troubles: dict[str, Trouble] = {}
 
+    def begin(self, now: float) -> None:
+        """Count an attempt in."""
+        self.in_flight += 1
+        self.used += 1
+        self.used_at = now
+        if now >= self.window_until:
+            self.window_until, self.window_used = now + WINDOW_S, 0
+        self.window_used += 1
+
     def hear(self, limits: bytes, now: float, *, read: bool) -> None:
         """Take an answer's field lines, which speak of limits.
 
-        `read` is for the strategy that goes by them alone: it takes 10 us.
+        `read` is for the strategies that go by them alone: it takes 10 us.
         """
         self.limits, self.limits_at = limits, now
         self.headroom = headroom_of(limits) if read else 1.0
+        if read:
+            self.window_until = self.window_end(now)
+
+    def window_end(self, now: float) -> float:
+        """Return when its window ends: as the last answer said, else as we count."""
+        epoch = time.time()  # noqa: TID251 - resets are stated in epoch seconds
+        left_s = window_left_s(self.limits, epoch - (now - self.limits_at))
+        return self.window_until if left_s is None else self.limits_at + left_s
 
     def felt(self, first_byte_ms: float, now: float) -> None:
         """Take a time to the first byte into the average."""
@@ -4711,7 +4897,7 @@ class Live:
     def state(self, now: float) -> str:
         """Return in a few words why it serves or does not."""
         if not self.endpoint.enabled:
-            return "disabled"
+            return self.endpoint.hint or "disabled"
         if self.paused:
             return "paused"
         told = [t.told(k, now) for k, t in itertools.islice(self.troubles.items(), 4)]
@@ -4726,14 +4912,15 @@ class Live:
         if "" in self.troubles:  # those of one model leave it its others
             waiting = self.troubles[""].until > now
             word = "cooling" if waiting else "recovering"
-        attention = any(t.rule.cooling.attention for t in self.troubles.values())
+        found = self.troubles.values()
+        attention = any(t.rule.cooling.attention for t in found)
         return EndpointSnapshot(
             endpoint=self.endpoint,
             in_flight=self.in_flight,
             answering=self.answering,
             why=self.state(now),
             state="paused" if self.paused else word,
-            needs_attention=attention,
+            needs_attention=attention or bool(self.endpoint.hint),
             cooldowns=tuple(
                 (k, t.rule.name, max(0.0, t.until - now))
                 for k, t in self.troubles.items()
@@ -4746,6 +4933,8 @@ class Live:
             failed_s=now - self.failed_at,
             history=tuple((now - at, ms, why) for at, ms, why in self.history),
             limits=limit_fields(self.limits),
+            window_s=self.window_end(now) - now,
+            window_used=self.window_used,
         )
 
 
@@ -4950,7 +5139,7 @@ class _Chooser:
         self._memory = memory
         self._chance = chance
         self._choose_by = STRATEGIES[config.balancing.strategy]
-        self.by_headroom = self._choose_by is headroom
+        self.by_limits = self._choose_by in (headroom, window)
         self._aged_at = -math.inf
         self._fixed = lives[fixed_endpoint(config.enabled).name]
         self.plans = _Plans(config, lives)
@@ -5023,13 +5212,13 @@ class _Chooser:
         if ask.conversation:
             return rendezvous(ready, ask.conversation)  # type: ignore[return-value]
         threshold = self._config.balancing.switch_threshold_ms
-        if self.by_headroom and now - self._aged_at >= 1.0:
+        if self.by_limits and now - self._aged_at >= 1.0:
             self._aged_at = now  # not each time: 1,000 endpoints take 35 us
             for one in ready:
                 if now - one.limits_at > LIMITS_S:
                     one.headroom = 1.0  # too old to go by: it gets a chance to tell
         lane = int(ask.lane is not Lane.MESSAGES)
-        turn = Turn(plan.last[lane], self._chance(), threshold)
+        turn = Turn(plan.last[lane], self._chance(), threshold, now)
         chosen = self._choose_by(ready, turn)
         plan.last[lane] = chosen.index
         if self._choose_by is weighted and ask.lane is Lane.MESSAGES:
@@ -5044,7 +5233,8 @@ class _Chooser:
     def following(self, now: float) -> Candidate | None:
         """Return whose turn it is, as far as that can be told."""
         plan = self.plans.of(None)
-        turn = Turn(plan.last[0], 0.0, self._config.balancing.switch_threshold_ms)
+        threshold = self._config.balancing.switch_threshold_ms
+        turn = Turn(plan.last[0], 0.0, threshold, now)
         for tier in plan.tiers:
             ready = [x for x in tier if x.may_serve(("",), now)]
             if ready:
@@ -5176,9 +5366,7 @@ class Pool:
 
     def _take(self, live: Live, ask: Ask, model: str | None, now: float) -> Lease:
         lease = Lease(live, ask, model, now)
-        live.in_flight += 1
-        live.used += 1
-        live.used_at = now
+        live.begin(now)
         if live.troubles and ask.lane is Lane.MESSAGES:
             keys, found = trouble_keys(ask.model), live.troubles
             lease.troubles = {k: found[k] for k in keys if k in found}
@@ -5204,7 +5392,7 @@ class Pool:
             if not evidence.key:
                 live.answering, live.why = not evidence.rule.harms, evidence.why
             if evidence.limits:
-                live.hear(evidence.limits, now, read=self._chooser.by_headroom)
+                live.hear(evidence.limits, now, read=self._chooser.by_limits)
             if not evidence.rule.harms:
                 return self._recover(lease, now)
             live.failed += 1
@@ -5228,7 +5416,7 @@ class Pool:
         with self._lock:
             live.answering, live.why, live.seen_at = True, "answers", now
             if limits:
-                live.hear(limits, now, read=self._chooser.by_headroom)
+                live.hear(limits, now, read=self._chooser.by_limits)
             if ask.lane is not Lane.MESSAGES:
                 return ""
             live.succeeded += 1
@@ -5285,6 +5473,13 @@ class Pool:
             self._chooser.manual = live
             self._note_hindered()
             return True
+
+    def recall(self, name: str, window_s: float, used: int) -> None:
+        """Take over what is known of a window from before the start."""
+        with self._lock:
+            live = self._lives.get(name)
+            if live is not None and not live.used:
+                live.window_until, live.window_used = self._clock() + window_s, used
 
     # -- looking at it -------------------------------------------------------
 
@@ -7109,6 +7304,24 @@ class Follower:
 # The answered half of an exchange: from the first byte to the client on.
 
 
+class Logins(Protocol):
+    """Lends the tokens of stored accounts."""
+
+    def token(self, account: str) -> Secret | None:
+        """Return the account's token; None: it has none now."""
+
+    def renew(
+        self,
+        account: str,
+        stale: Secret | None,
+        then: Callable[[Secret | None, str], None],
+    ) -> None:
+        """Exchange `stale` for a fresh token; `then` gets it, or None and why.
+
+        However many ask, the provider is asked once.  From any thread, to any.
+        """
+
+
 class Services(NamedTuple):
     """What every exchange shares."""
 
@@ -7131,6 +7344,10 @@ class Services(NamedTuple):
     repeats: Repeats
     #: Answers that others may still share, by share_key.
     shares: dict[bytes, Share]
+    #: Takes the record of each exchange; None: nobody wants it.
+    keep: Callable[[ExchangeRecord], None] | None = None
+    #: None: no endpoint is an account's.
+    logins: Logins | None = None
 
 
 def client_head(
@@ -7170,7 +7387,11 @@ class Ending(NamedTuple):
     status: int
     outcome: Outcome
     reason: str
-    sent_bytes: int
+    sent_bytes: int = 0
+    stream: bool = False
+    #: What the answer says of itself, as far as it came.
+    model: str = ""
+    usage: Usage | None = None
 
 
 def _ignore(_: Ending) -> None:
@@ -7277,7 +7498,12 @@ class Commit:
         self._begin_stream(rest, b"", data[sent:], sent)
 
     def _ending(self, outcome: Outcome, reason: str, sent: int) -> Ending:
-        return Ending(self._answer.status, outcome, reason, sent)
+        ending = Ending(self._answer.status, outcome, reason, sent)
+        watch = self._watch
+        if watch is None or self._services.keep is None:
+            return ending
+        stream = isinstance(watch, SseWatch)
+        return ending._replace(stream=stream, model=watch.model(), usage=watch.usage())
 
     def _stream_ended(self, stream: Stream) -> None:
         outcome = stream.ended or Outcome.TRUNCATED
@@ -7396,11 +7622,19 @@ def make_ask(request: ClientRequest, contents: Contents, services: Services) -> 
 
 
 def head_to_send(
-    request: ClientRequest, endpoint: Endpoint, via: str, length: int
+    request: ClientRequest,
+    endpoint: Endpoint,
+    via: str,
+    length: int,
+    token: Secret | None = None,
 ) -> bytes:
-    """Return the whole head of the request to `endpoint`."""
+    """Return the whole head of the request to `endpoint`; `token` is an account's."""
     make = upstream_head if request.head.memo else upstream_head.__wrapped__
-    start: bytes = make(request.head, endpoint, via, request.credentials)
+    credentials = request.credentials
+    if endpoint.auth_type is AuthType.OAUTH:  # without a token: the 401 brings one
+        line = f"authorization: Bearer {token.reveal()}" if token else ""
+        credentials = (line.encode("ascii"),) if line else ()
+    start: bytes = make(request.head, endpoint, via, credentials)
     if length or request.head.method in ("POST", "PUT", "PATCH"):
         return b"%bcontent-length: %d\r\n\r\n" % (start, length)
     return start + CRLF
@@ -7409,18 +7643,30 @@ def head_to_send(
 class Course:
     """How far a request has come: what was tried, and what may still be."""
 
-    __slots__ = ("answering", "attempts", "retries", "trail", "tried")
+    __slots__ = (
+        "answering",
+        "attempts",
+        "model",
+        "renewed",
+        "retries",
+        "trail",
+        "tried",
+    )
 
     def __init__(self) -> None:
         #: Name of the endpoint whose answer the client gets.
         self.answering = ""
+        #: The model's name that was sent in place of the client's.
+        self.model: str | None = None
+        #: Names of the endpoints whose token was exchanged for a fresh one.
+        self.renewed: tuple[str, ...] = ()
         #: Attempts begun, but for those on a connection found dead.
         self.attempts = 0
         #: Of them in place.
         self.retries = 0
         self.tried: list[Endpoint] = []
-        #: How each attempt ended, for people.
-        self.trail: list[str] = []
+        #: How each attempt ended.
+        self.trail: list[AttemptRecord] = []
 
     def begin(self, endpoint: Endpoint, *, fresh: bool) -> None:
         """Take note of an attempt."""
@@ -7442,7 +7688,7 @@ class Course:
             tried=len(self.tried) - 1,
         )
         step = next_step(rule, chances)
-        if step in (Verdict.RELAY, Verdict.FRESH):
+        if step in (Verdict.RELAY, Verdict.FRESH, Verdict.RENEW):
             return step
         late = now - request.since > settings.total_s
         if request.head.lane is Lane.FIXED or late:
@@ -7460,9 +7706,15 @@ class Course:
         pause_s = self.pause_s(services.config.failover)
         return services.relay.now - request.since + pause_s < patience_s
 
+    def note(self, lease: Lease | None, status: int, reason: str, now: float) -> None:
+        """Take note of how an attempt ended; `now` is monotonic."""
+        name = self.tried[-1].name if lease is None else lease.endpoint.name
+        took_s = 0.0 if lease is None else now - lease.since
+        self.trail.append(AttemptRecord(name, status, reason, took_s * 1000))
+
     def told(self) -> str:
         """Return what was tried."""
-        return ", ".join(self.trail)
+        return ", ".join(f"{a.endpoint} {a.status or a.reason}" for a in self.trail)
 
     def marked(self, request: ClientRequest) -> ClientRequest:
         """Let the answer say what was tried."""
@@ -7511,7 +7763,8 @@ def refusal_after(
         sooner = exhaustion.reset_s is not None and exhaustion.reset_s + 1.0 < stated_s
         if sooner or not tried:
             served = served_models(services.config)
-            return refusal_for_exhaustion(ask.model, exhaustion, served)
+            enabled = services.config.enabled
+            return refusal_for_exhaustion(ask.model, exhaustion, served, enabled)
     if kept is None and error is not None:
         return refusal_for(error, tried)
     return None
@@ -7651,7 +7904,12 @@ def cut_error(endpoint: Endpoint) -> UpstreamError:
 
 
 def evidence_of(
-    answer: AnswerHead, body: bytes, model: str, settings: FailoverSettings
+    answer: AnswerHead,
+    body: bytes,
+    model: str,
+    settings: FailoverSettings,
+    *,
+    renewable: bool,
 ) -> Evidence:
     """Return the row of the table for an error answer, with what it states."""
     limits = limit_fields(answer.kept)
@@ -7659,7 +7917,12 @@ def evidence_of(
     stated_s = stated_wait_s(answer.kept, epoch)
     stated = stated_s is not None
     finding = finding_of_answer(
-        answer.status, body, stated=stated, limits=limits, model=model
+        answer.status,
+        body,
+        stated=stated,
+        limits=limits,
+        model=model,
+        renewable=renewable,
     )
     rule = judge(finding, settings)
     key = cooldown_key(rule, model, limits)
@@ -7784,6 +8047,8 @@ class _Ledger:
         self._attempt: Attempt | None = None
         self._commit: Commit | None = None
         self._first_byte_s: float | None = None
+        self._asked: str | None = None  # the model, as far as that is cheap to tell
+        self._token: Secret | None = None  # an account's, that was sent last
         # With others who asked for the same
         self._leads: Share | None = None
         self._follows: tuple[Share, Following] | None = None
@@ -7812,7 +8077,7 @@ class _Ledger:
             return
         services.repeats.remember(self._request.body, services.relay.now)
         self._settle(None)
-        self._end(0, Outcome.CLIENT_CANCELLED, reason)
+        self._end(Ending(0, Outcome.CLIENT_CANCELLED, reason))
         services.relay.close(self._client)
 
     def _watch_client(self) -> None:
@@ -7833,127 +8098,9 @@ class _Ledger:
         if not self._client.may_read_ahead():
             self._services.relay.watch(self._client, 0, self.on_client)
 
-    def _follow(self, endpoint: Endpoint) -> None:
-        """Take note that somebody else's answer begins."""
-        self._services.relay.leave(self)
-        self._course.tried.append(endpoint)
-        self._first_byte_s = time.monotonic()
-        self._follows = None
-        self._let_body_go()
-
-    def _followed(self, ending: Ending) -> None:
-        self._services.relay.leave(self)
-        self._end(ending.status, ending.outcome, ending.reason, ending.sent_bytes)
-
-    def sweep(self, now: float) -> None:
-        """See Moving: connecting has limits of its own, a pause is short."""
-        if self._client.is_gone():
-            self.gone("the client closed the connection")
-
-    def abort(self, reason: str) -> None:
-        """See Moving: while a worker connects, or without an attempt."""
-        self.broken(reason)
-
-    def collapse(self) -> None:
-        """End after a fault of ours: tell the log, and the client if it can be."""
-        relay, commit = self._services.relay, self._commit
-        self._services.log.fault(f"{self._request.id} a fault of the proxy")
-        if self._attempt is not None:
-            relay.leave(self._attempt)
-            relay.close(self._attempt.upstream)
-        if self._over or (commit is not None and commit.discard()):
-            self._settle(None)
-            self._end(500, Outcome.REFUSED, "a fault of the proxy")
-            relay.close(self._client)
-        else:
-            self.broken("a fault of the proxy")
-
-    def broken(self, reason: str) -> None:
-        """Stop: the proxy cannot go on; see Caller."""
-        self._services.relay.leave(self)
-        if self._over:
-            return
-        services = self._services
-        self._settle(None)
-        status, text = 500, f"{reason}; its log tells more under {self._request.id}"
-        if services.draining():
-            status, text = 503, reason
-        self._end(status, Outcome.REFUSED, reason)
-        refusal = RefusedError(status, text, close=False)
-        services.refuse(self._client, self._request, refusal)
-
-    def _let_body_go(self) -> None:
-        """Free the request's body: nothing is sent again after the commit."""
-        if self._held:
-            self._services.budget.give(self._held)
-            self._held = 0
-        if len(self._request.body) > READ_BYTES:
-            self._request = self._request._replace(body=b"")
-            self._contents = Contents(self._request)
-
-    def _end(self, status: int, outcome: Outcome, reason: str, sent: int = 0) -> None:
-        """Count the exchange out and write its line, once."""
-        if self._over:
-            return
-        self._over = True
-        if self._commit is None:
-            self._aside.drop()
-        if self._follows is not None:
-            self._follows[0].leave(self._follows[1])
-        if self._leads is not None:
-            self._leads.end(Outcome.TRUNCATED, "the request it is shared with failed")
-        self._let_body_go()
-        self._commit = None  # it knows us: the cycle would wait for gc, 6 us a request
-        self._services.pool.release()
-        if self._services.log.shows(level_of(outcome)):
-            self._services.log.exchange(self._record(status, outcome, reason, sent))
-
-    def _record(
-        self, status: int, outcome: Outcome, reason: str, sent: int
-    ) -> ExchangeRecord:
-        request, course = self._request, self._course
-        now, first = time.monotonic(), self._first_byte_s
-        return ExchangeRecord(
-            request_id=request.id,
-            method=request.head.method,
-            path=request.head.path,
-            endpoint=course.answering
-            or (course.tried[-1].name if course.tried else ""),
-            status=status,
-            attempts=course.attempts,
-            first_byte_ms=None if first is None else (first - request.since) * 1000,
-            total_ms=(now - request.since) * 1000,
-            request_bytes=self._request_bytes,
-            response_bytes=sent,
-            ended=outcome,
-            reason=reason,
-        )
-
-
-class Exchange(_Ledger):
-    """One client request, in the relay's thread but for `_connect`."""
-
-    @_guarded
-    def start(self) -> None:
-        """Serve the request; the relay goes on with the client when it is over."""
-        self._services.pool.enter()
-        balancing = self._services.config.balancing
-        if balancing.dedupe and self._lane is Lane.MESSAGES:
-            self._share_or_begin()
-        else:
-            self._begin()
-
     def _begin(self) -> None:
         """Begin the first attempt."""
-        request, services = self._request, self._services
-        self._ask = make_ask(request, self._contents, services)
-        if services.log.shows(services.log.detail):
-            self._tell(f"{request.id} begins", path=request.head.path)
-        lease = services.pool.reserve(self._ask)
-        if lease is None:
-            self._give_up(None)
-        else:
-            self._try(lease)
+        raise NotImplementedError
 
     def _share_or_begin(self) -> None:
         """Follow who has asked for the same, or ask for all who will."""
@@ -7978,6 +8125,141 @@ class Exchange(_Ledger):
         self._services.relay.leave(self)
         self._follows = None
         self._share_or_begin()
+
+    def _follow(self, endpoint: Endpoint) -> None:
+        """Take note that somebody else's answer begins."""
+        self._services.relay.leave(self)
+        self._course.tried.append(endpoint)
+        self._first_byte_s = time.monotonic()
+        self._follows = None
+        self._let_body_go()
+
+    def _followed(self, ending: Ending) -> None:
+        self._services.relay.leave(self)
+        self._end(ending)
+
+    def sweep(self, now: float) -> None:
+        """See Moving: connecting has limits of its own, a pause is short."""
+        if self._client.is_gone():
+            self.gone("the client closed the connection")
+
+    def abort(self, reason: str) -> None:
+        """See Moving: while a worker connects, or without an attempt."""
+        self.broken(reason)
+
+    def collapse(self) -> None:
+        """End after a fault of ours: tell the log, and the client if it can be."""
+        relay, commit = self._services.relay, self._commit
+        self._services.log.fault(f"{self._request.id} a fault of the proxy")
+        if self._attempt is not None:
+            relay.leave(self._attempt)
+            relay.close(self._attempt.upstream)
+        if self._over or (commit is not None and commit.discard()):
+            self._settle(None)
+            self._end(Ending(500, Outcome.REFUSED, "a fault of the proxy"))
+            relay.close(self._client)
+        else:
+            self.broken("a fault of the proxy")
+
+    def broken(self, reason: str) -> None:
+        """Stop: the proxy cannot go on; see Caller."""
+        self._services.relay.leave(self)
+        if self._over:
+            return
+        services = self._services
+        self._settle(None)
+        status, text = 500, f"{reason}; its log tells more under {self._request.id}"
+        if services.draining():
+            status, text = 503, reason
+        self._end(Ending(status, Outcome.REFUSED, reason))
+        refusal = RefusedError(status, text, close=False)
+        services.refuse(self._client, self._request, refusal)
+
+    def _let_body_go(self) -> None:
+        """Free the request's body: nothing is sent again after the commit."""
+        if self._held:
+            self._services.budget.give(self._held)
+            self._held = 0
+        if len(self._request.body) > READ_BYTES:
+            self._request = self._request._replace(body=b"")
+            self._contents = Contents(self._request)
+
+    def _end(self, ending: Ending) -> None:
+        """Count the exchange out, write its line and keep its record, once."""
+        if self._over:
+            return
+        self._over = True
+        if self._commit is None:
+            self._aside.drop()
+        if self._follows is not None:
+            self._follows[0].leave(self._follows[1])
+        if self._leads is not None:
+            self._leads.end(Outcome.TRUNCATED, "the request it is shared with failed")
+        self._let_body_go()
+        self._commit = None  # it knows us: the cycle would wait for gc, 6 us a request
+        services = self._services
+        services.pool.release()
+        if services.keep is None and not services.log.shows(level_of(ending.outcome)):
+            return
+        record = self._record(ending)
+        services.log.exchange(record)
+        if services.keep is not None:
+            services.keep(record)
+
+    def _record(self, ending: Ending) -> ExchangeRecord:
+        request, course = self._request, self._course
+        now, first = time.monotonic(), self._first_byte_s
+        epoch = time.time()  # noqa: TID251 - a record
+        last = course.tried[-1].name if course.tried else ""
+        return ExchangeRecord(
+            request_id=request.id,
+            method=request.head.method,
+            path=request.head.path,
+            endpoint=course.answering or last,
+            status=ending.status,
+            attempts=course.attempts,
+            first_byte_ms=None if first is None else (first - request.since) * 1000,
+            total_ms=(now - request.since) * 1000,
+            request_bytes=self._request_bytes,
+            response_bytes=ending.sent_bytes,
+            ended=ending.outcome,
+            reason=ending.reason,
+            at_ms=int((epoch - (now - request.since)) * 1000),
+            model_asked=self._asked,
+            model_used=ending.model or course.model or self._asked,
+            tried=tuple(course.trail),
+            stream=ending.stream,
+            conversation=self._ask.conversation or session_key(request.head.values),
+            usage=ending.usage,
+        )
+
+
+class Exchange(_Ledger):
+    """One client request, in the relay's thread but for `_connect`."""
+
+    @_guarded
+    def start(self) -> None:
+        """Serve the request; the relay goes on with the client when it is over."""
+        self._services.pool.enter()
+        balancing = self._services.config.balancing
+        if balancing.dedupe and self._lane is Lane.MESSAGES:
+            self._share_or_begin()
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Begin the first attempt."""
+        request, services = self._request, self._services
+        self._ask = make_ask(request, self._contents, services)
+        if services.keep is not None and self._lane is not Lane.FIXED:
+            self._asked = self._ask.model or asked_model(request.body)
+        if services.log.shows(services.log.detail):
+            self._tell(f"{request.id} begins", path=request.head.path)
+        lease = services.pool.reserve(self._ask)
+        if lease is None:
+            self._give_up(None)
+        else:
+            self._try(lease)
 
     # -- attempts ------------------------------------------------------------
 
@@ -8022,8 +8304,11 @@ class Exchange(_Ledger):
             return
         body, model = request.body, self._lease.model
         if model is not None:
-            body = self._contents.with_model(model)
-        head = head_to_send(request, upstream.endpoint, services.via, len(body))
+            body, self._course.model = self._contents.with_model(model), model
+        endpoint, logins = upstream.endpoint, services.logins
+        if endpoint.account and logins is not None:
+            self._token = logins.token(endpoint.account)
+        head = head_to_send(request, endpoint, services.via, len(body), self._token)
         self._attempt = Attempt(services.relay, self._client, upstream, self)
         within_s = services.config.timeouts.first_byte_s
         self._attempt.begin(request.head.method, head, body, within_s)
@@ -8040,7 +8325,7 @@ class Exchange(_Ledger):
         rule = judge(finding, self._services.config.failover)
         course = self._course
         if rule.verdict is not Verdict.FRESH:
-            course.trail.append(f"{course.tried[-1].name} {rule.name}")
+            course.note(self._lease, 0, rule.name, time.monotonic())
         evidence = Evidence(rule, error.message) if rule.harms else None
         self._go_on(rule, evidence, error)
 
@@ -8050,6 +8335,9 @@ class Exchange(_Ledger):
         """Settle the attempt, and begin another or give up."""
         lease, services, course = self._lease, self._services, self._course
         step = course.step(rule, self._request, services)
+        if step is Verdict.RENEW and lease is not None:
+            self._renew(lease)
+            return
         counts = rule.budgeted and self._lane is Lane.MESSAGES  # others cost nothing
         if step is Verdict.RETRY and counts and not services.pool.may_repeat():
             step = Verdict.RELAY
@@ -8076,6 +8364,32 @@ class Exchange(_Ledger):
             if following is not None:
                 services.pool.settle(following, None)
             self._give_up(error)
+
+    def _renew(self, lease: Lease) -> None:
+        """Have the account's token exchanged, and watch the client meanwhile."""
+        services, endpoint = self._services, lease.endpoint
+        self._course.renewed += (endpoint.name,)
+        self._watch_client()
+
+        def then(fresh: Secret | None, why: str) -> None:
+            services.relay.tell(partial(self._renewed, fresh is not None, why))
+
+        if services.logins is not None:
+            services.logins.renew(endpoint.account, self._token, then)
+
+    @_guarded
+    def _renewed(self, good: bool, why: str) -> None:
+        """Try again with the fresh token; without one, elsewhere."""
+        lease = self._lease
+        self._services.relay.leave(self)
+        if self._over or lease is None:
+            return
+        if good:
+            self._settle(None)
+            self._retry(lease)
+        else:
+            evidence = Evidence(CREDENTIAL_RULE, f"answered 401: {why}")
+            self._go_on(CREDENTIAL_RULE, evidence, None)
 
     def _retry_later(self, lease: Lease) -> None:
         """Pause, and watch the client meanwhile."""
@@ -8117,7 +8431,7 @@ class Exchange(_Ledger):
             self._leads.refuse(refusal)
         ended = Outcome.UPSTREAM_ERROR if tried else Outcome.REFUSED
         why = error.message if error is not None else refusal.message
-        self._end(refusal.status, ended, why)
+        self._end(Ending(refusal.status, ended, why))
         services.refuse(self._client, self._course.marked(self._request), refusal)
 
     # -- the answer ----------------------------------------------------------
@@ -8175,13 +8489,15 @@ class Exchange(_Ledger):
         if not model and answer.status in MODEL_STATUSES:
             model = self._contents.model()
             self._ask = self._ask._replace(model=model or None)
-        evidence = evidence_of(answer, body, model, settings)
+        endpoint, course = upstream.endpoint, self._course
+        renewable = bool(endpoint.account) and endpoint.name not in course.renewed
+        evidence = evidence_of(answer, body, model, settings, renewable=renewable)
         rule = evidence.rule
         if not upstream.whole and len(self._request.body) > EARLY_BYTES:
             rule = rule._replace(verdict=Verdict.RELAY)  # not all that again
         if rule.verdict is Verdict.AMBIGUOUS:
             answer = inviting(answer, again=True)
-        self._course.trail.append(f"{upstream.endpoint.name} {answer.status}")
+        course.note(self._lease, answer.status, rule.name, time.monotonic())
         self._aside.put(ErrorAnswer(upstream, answer, evidence.stated_s, whole))
         self._go_on(rule, evidence, None)
 
@@ -8195,7 +8511,7 @@ class Exchange(_Ledger):
         course.answering = upstream.endpoint.name
         lease = self._lease
         if lease is not None and course.trail:
-            course.trail.append(f"{upstream.endpoint.name} {answer.status}")
+            course.note(lease, answer.status, "", now)
         if lease is not None and answer.status < 300:
             limits = answer.kept if b"anthropic-ratelimit-" in answer.kept else b""
             ms = (now - lease.since) * 1000
@@ -8211,15 +8527,14 @@ class Exchange(_Ledger):
 
     def _answered_whole(self, ending: Ending) -> None:
         """Take note that the answer is over, well or not."""
-        status, outcome, reason = ending.status, ending.outcome, ending.reason
+        status, outcome = ending.status, ending.outcome
         good = outcome is Outcome.OK and status < 400
-        evidence = None if good else evidence_after(ending)
+        self._settle(None if good else evidence_after(ending))
         if outcome is Outcome.OK and (status >= 500 or status in _FAILING):
-            outcome = Outcome.UPSTREAM_ERROR
-        self._settle(evidence)
-        if not reason and len(self._course.trail) > 1:
-            reason = f"tried: {self._course.told()}"
-        self._end(status, outcome, reason, ending.sent_bytes)
+            ending = ending._replace(outcome=Outcome.UPSTREAM_ERROR)
+        if not ending.reason and len(self._course.trail) > 1:
+            ending = ending._replace(reason=f"tried: {self._course.told()}")
+        self._end(ending)
 
 
 # ============================================================================
@@ -8325,7 +8640,10 @@ def error_answer(
     extra = "".join(f"{name}: {value}\r\n" for name, value in refusal.fields)
     return own_answer(
         refusal.status,
-        error_document(refusal.status, refusal.message, request_id),
+        {
+            **error_document(refusal.status, refusal.message, request_id),
+            **refusal.facts,
+        },
         request_id=request_id,
         head=head,
         fields=fields + refusal.lines + extra.encode("latin-1", "replace"),
@@ -9217,17 +9535,78 @@ def _now_text() -> str:
     return stamp(_now())
 
 
-class Listener:
+class Door:
     """The listening socket, as the relay watches it; see Connection."""
 
     def __init__(self, server: Server) -> None:
+        self._server = server
         self.sock = server.socket
         self.mask = 0
-        self.owner: Callable[[int], None] = server.accept_waiting
+        self.owner: Callable[[int], None] = self.accept_waiting
+        #: Given up for a moment where none is left, to tell a client so.
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
+        self._full_logged = -ACCEPT_LOG_S
+
+    def accept_waiting(self, _: int) -> None:
+        """Accept who waits, in the relay's thread.
+
+        A thread of its own would need the interpreter's lock three times for each
+        connection, and 1,000 in a second would wait a second.
+        """
+        for _ in range(ACCEPTS):
+            try:
+                sock, address = self._server.get_request()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in OWN_FAULTS and not self._shed(error):
+                    self._server.relay.watch(self, 0, self.accept_waiting)
+                    return  # until the next sweep
+                continue  # it went away before it was accepted, or was turned away
+            try:
+                self._server.process_request(sock, address)
+            except OSError:
+                sock.close()  # it has gone already
+            except Exception:  # noqa: BLE001 - the next one must get in
+                self._server.log.fault("a fault while accepting")
+                sock.close()
+
+    def _shed(self, error: OSError) -> bool:
+        """Say 503 to one client with the spare descriptor; tell whether that worked."""
+        self.say_full(f"cannot accept connections: {error.strerror}")
+        if self._spare is None:
+            return False
+        os.close(self._spare)
+        self._spare = None
+        with contextlib.suppress(OSError):  # somebody else took the descriptor
+            sock, _ = self.sock.accept()
+            _turn_away(sock, "this proxy has run out of descriptors")
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+        return self._spare is not None
+
+    def say_full(self, message: str) -> None:
+        """Say that clients are turned away, at most every ten seconds."""
+        if self._server.relay.now - self._full_logged >= ACCEPT_LOG_S:
+            self._full_logged = self._server.relay.now
+            self._server.log.write("error", message)
+
+    def open(self) -> None:
+        """Listen, and have a spare descriptor again; about once a second."""
+        if self._spare is None:
+            with contextlib.suppress(OSError):
+                self._spare = os.open(os.devnull, os.O_RDONLY)
+        self._server.relay.watch(self, selectors.EVENT_READ, self.accept_waiting)
 
     def close(self) -> None:
         """Stop listening."""
         self.sock.close()
+
+    def give_up(self) -> None:
+        """Let the spare descriptor go."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            os.close(spare)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -9262,14 +9641,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.leaving: set[ClientConnection] = set()
         self._ids = itertools.count(1)
         self._draining = False
-        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
-        self._full_logged = -ACCEPT_LOG_S
         self._drift_s = _clock_drift_s()
         #: None where there is no file to read again.
         self.reloader: Reloader | None = None
         if read is not None:
             self.reloader = Reloader(log, read, self.reconfigure, path)
-        self.listener = Listener(self)
+        self.door = Door(self)
         self.workers = Workers()
         self.relay = Relay(
             log,
@@ -9335,55 +9712,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     # -- connections ---------------------------------------------------------
 
-    def accept_waiting(self, _: int) -> None:
-        """Accept who waits, in the relay's thread.
-
-        A thread of its own would need the interpreter's lock three times for each
-        connection, and 1,000 in a second would wait a second.
-        """
-        for _ in range(ACCEPTS):
-            try:
-                sock, address = self.get_request()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in OWN_FAULTS and not self._shed(error):
-                    self.relay.watch(self.listener, 0, self.accept_waiting)
-                    return  # until the next sweep
-                continue  # it went away before it was accepted, or was turned away
-            try:
-                self.process_request(sock, address)
-            except OSError:
-                sock.close()  # it has gone already
-            except Exception:  # noqa: BLE001 - the next one must get in
-                self.log.fault("a fault while accepting")
-                sock.close()
-
-    def _shed(self, error: OSError) -> bool:
-        """Say 503 to one client with the spare descriptor; tell whether that worked."""
-        self._log_full(f"cannot accept connections: {error.strerror}")
-        if self._spare is None:
-            return False
-        os.close(self._spare)
-        self._spare = None
-        with contextlib.suppress(OSError):  # somebody else took the descriptor
-            sock, _ = self.socket.accept()
-            _turn_away(sock, "this proxy has run out of descriptors")
-        with contextlib.suppress(OSError):
-            self._spare = os.open(os.devnull, os.O_RDONLY)
-        return self._spare is not None
-
-    def _log_full(self, message: str) -> None:
-        """Say that clients are turned away, at most every ten seconds."""
-        if self.relay.now - self._full_logged >= ACCEPT_LOG_S:
-            self._full_logged = self.relay.now
-            self.log.write("error", message)
-
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a new connection to the relay, or say at once that we are full."""
         if len(self.connections) >= self.config.server.max_connections:
             text = "this proxy has as many connections as it may have"
-            self._log_full(f"{text}: more get 503 (server.maxConnections)")
+            self.door.say_full(f"{text}: more get 503 (server.maxConnections)")
             client = ClientConnection(request, str(client_address[0]), self.leaving)
             with contextlib.suppress(ClientGoneError):
                 client.send_some(busy_answer(text))
@@ -9461,21 +9794,15 @@ class Server(http.server.ThreadingHTTPServer):
         self.services.pool.tidy()
         self.services.upstreams.expire()
         self.log.reopen_if_moved()
-        if self._spare is None:
-            with contextlib.suppress(OSError):
-                self._spare = os.open(os.devnull, os.O_RDONLY)
         if not self._draining:
-            self._listen()
-
-    def _listen(self) -> None:
-        self.relay.watch(self.listener, selectors.EVENT_READ, self.accept_waiting)
+            self.door.open()
 
     # -- life ----------------------------------------------------------------
 
     def start(self) -> None:
         """Start the threads; returns at once."""
         self.relay.start()
-        self.relay.tell(self._listen)
+        self.relay.tell(self.door.open)
         self._greet_aside(self.config.enabled)
         if self.reloader is not None:
             self.reloader.start()
@@ -9507,7 +9834,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._draining = True
         if self.reloader is not None:
             self.reloader.stop()
-        self.relay.tell(partial(self.relay.close, self.listener))
+        self.relay.tell(partial(self.relay.close, self.door))
         self.relay.tell(self.relay.drain)
         until = time.monotonic() + grace_s
         pool, pause = self.services.pool, threading.Event()
@@ -9519,9 +9846,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.relay.stop()
         for client in tuple(self.connections):
             client.close()
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            os.close(spare)
+        self.door.give_up()
 
 
 def _clock_drift_s() -> float:
@@ -9807,6 +10132,7 @@ _HANG_S = 20.0
 _SETTLE_S = 5.0  # threads and sockets end a little after their cell
 _PRETENDED = (Sign.LOCAL, Sign.NETWORK, Sign.CERTIFICATE)
 _ASKED_MODEL = "claude-opus-5-5"
+_TOKEN = Secret("selftest")
 _TRIED_BY = FailoverSettings(retry_delay_s=0.02, gate_s=0.5)
 
 
@@ -9947,6 +10273,7 @@ FAULTS = (
     _status(401, "OAuth", Sign.REQUEST,
             body=_error("authentication_error", "OAuth authentication is currently not"
                         " supported.")),
+    _status(401, "a token that has run out", Sign.ACCOUNT)._replace(kept=True),
     _status(404, "model", Sign.MODEL,
             body=_error("not_found_error", f"model: {_ASKED_MODEL}")),
     *(_status(status, "") for status in (400, 401, 402, 403, 404, 409, 413, 422)),
@@ -10036,7 +10363,8 @@ def foreseen(cell: Cell) -> Result:
     cooling: list[tuple[_Cooldown, ...]] = [()] * _TRIED
     fine = cell.fault_of(_TRIED) if fault.finding else fault
     gets: _Gets = (200, fine.body, True, False)
-    while fault.finding and index < cell.faulty and step is not Verdict.FRESH:
+    again = (Verdict.FRESH, Verdict.RENEW)
+    while fault.finding and index < cell.faulty and step not in again:
         used[index] += 1
         served += fault.paid
         rule = judge(fault.finding, _TRIED_BY)
@@ -10152,20 +10480,38 @@ class ScriptedUpstreams(Upstreams):
         return super().connect(endpoint, client)
 
 
+class ScriptedLogins(Logins):
+    """Has a fresh token whenever one is asked for."""
+
+    def token(self, account: str) -> Secret | None:
+        """See Logins."""
+        return _TOKEN
+
+    def renew(
+        self,
+        account: str,
+        stale: Secret | None,
+        then: Callable[[Secret | None, str], None],
+    ) -> None:
+        """See Logins."""
+        then(_TOKEN, "")
+
+
 def _configured(cell: Cell, number: int, upstream: ScriptedUpstream) -> Config:
     """Return the configuration of a cell's proxy."""
-    endpoints = []
+    endpoints, finding = [], cell.fault.finding
+    sign = finding.sign if finding is not None else Sign.NONE
     for index in range(_TRIED):
         scheme = cell.fault.scheme if index < cell.faulty else "http"
         sock = upstream.deaf if scheme == "refused" else upstream.socket
         name, url = f"e{index + 1}", f"127.0.0.1/{number}/{index}"
         host, _, prefix = url.partition("/")
-        port, kind = int(sock.getsockname()[1]), AuthType.API_KEY
-        secure, secret = scheme == "https", Secret("selftest")
-        endpoints.append(
-            Endpoint(name, url, secure, host, port, f"/{prefix}", kind, secret)
-        )
-    silence = cell.fault.finding and cell.fault.finding.sign is Sign.SILENCE
+        port, secure, secret = int(sock.getsockname()[1]), scheme == "https", _TOKEN
+        login = sign is Sign.ACCOUNT
+        kind, account = (AuthType.OAUTH, name) if login else (AuthType.API_KEY, "")
+        endpoint = Endpoint(name, url, secure, host, port, f"/{prefix}", kind, secret)
+        endpoints.append(dataclasses.replace(endpoint, account=account))
+    silence = sign is Sign.SILENCE
     return Config(
         tuple(endpoints),
         ServerSettings(port=0),
@@ -10236,7 +10582,8 @@ class Trial:
         pool = Pool(config, clock=lambda: 0.0)  # so that cooldowns keep their length
         upstreams = ScriptedUpstreams(config, server.relay, self.cell)
         services = server.services._replace(pool=pool, upstreams=upstreams)
-        server.services = services._replace(work=workers.submit)
+        logins = ScriptedLogins()
+        server.services = services._replace(work=workers.submit, logins=logins)
         server.reception.configure(server.services, server.access)
         server.start()
         try:
