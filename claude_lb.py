@@ -42,23 +42,25 @@ Contents
     12. SELECTION    strategies, conversations, routes: who may serve, in which order
     13. FAILOVER     the decision table: what follows when an attempt fails
     14. LOG          one line per exchange, as text or JSON
-    15. POOL         live state of the endpoints behind one lock: cooldowns, affinity
-    16. CONNECTIONS  waiting on sockets; the client's side of an exchange
-    17. RELAY        the one thread that waits for bytes; clients between requests
-    18. UPSTREAM     connect, TLS, proxies, idle connections, send, read the head
-    19. ATTEMPT      one request on its way, until its answer may go on
-    20. STREAM       one committed answer on its way to the client
-    21. SHARING      one answer for identical requests
-    22. COMMIT       the answered half of an exchange
-    23. COURSE       what one request asks for, and how far it has come
-    24. EXCHANGE     one client request with its attempts and its answer
-    25. RECEPTION    from a client's bytes to an exchange; answers of our own
-    26. REPORTS      snapshots and tables as JSON and text
-    27. RELOAD       takes over the configuration file when it changes
-    28. SERVER       the listening socket, our own routes, start, drain
-    29. DEMO         two embedded upstreams that speak the Messages API
-    30. SELFTEST     every row of the decision table, tried with scripted upstreams
-    31. CLI          options, commands, start, stop
+    15. STORE        SQLite: history, its roll-ups, what they say
+    16. ACCOUNTS     stored logins: their rows, their tokens, who renews them
+    17. POOL         live state of the endpoints behind one lock: cooldowns, affinity
+    18. CONNECTIONS  waiting on sockets; the client's side of an exchange
+    19. RELAY        the one thread that waits for bytes; clients between requests
+    20. UPSTREAM     connect, TLS, proxies, idle connections, send, read the head
+    21. ATTEMPT      one request on its way, until its answer may go on
+    22. STREAM       one committed answer on its way to the client
+    23. SHARING      one answer for identical requests
+    24. COMMIT       the answered half of an exchange
+    25. COURSE       what one request asks for, and how far it has come
+    26. EXCHANGE     one client request with its attempts and its answer
+    27. RECEPTION    from a client's bytes to an exchange; answers of our own
+    28. REPORTS      snapshots and tables as JSON and text
+    29. RELOAD       takes over the configuration file when it changes
+    30. SERVER       the listening socket, our own routes, start, drain
+    31. DEMO         two embedded upstreams that speak the Messages API
+    32. SELFTEST     every row of the decision table, tried with scripted upstreams
+    33. CLI          options, commands, start, stop
 
 Usage
     python3 claude_lb.py --demo
@@ -72,11 +74,14 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
 import difflib
 import errno
+import fcntl
+import getpass
 import hashlib
 import heapq
 import hmac
@@ -100,6 +105,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import sqlite3
 import ssl
 import stat
 import struct
@@ -115,7 +121,7 @@ from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
 from functools import cache, lru_cache, partial, wraps
-from typing import Any, NamedTuple, NoReturn, Protocol, TextIO
+from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, cast
 
 # ============================================================================
 # 1. CONSTANTS (pure)
@@ -187,6 +193,7 @@ ACCEPTS = 64  # connections accepted before others have their turn
 ACCEPT_LOG_S = 10.0
 COMMAND_S = 10.0  # authTokenCommand
 RETRY_AFTER_S = 1  # only with a 503 for our own capacity
+LISTENERS = 8  # clients of /api/requests/stream
 HISTORY_BYTES = 4 * 1024 * 1024  # of a shared answer, kept for late followers
 GATE_BYTES = 256 * 1024  # of an event stream, held back until its first content
 EARLY_BYTES = 8 * 1024 * 1024  # a longer upload that is cut short is not repeated
@@ -204,7 +211,10 @@ BRACKETS = 1_000_000  # in such a body: 0.3 s to go through
 FIRST_MESSAGES = 4  # among these is the first one of the user's
 TROUBLES = 64  # cooldowns of one endpoint: its own and those of models
 RAMP_MOST = 16  # attempts at once after a cooldown: 1, 2, 4 ... then no limit
-WINDOW_S = 18_000.0  # subscriptions count their use in windows of five hours
+TICKER_FIRST_S = 30.0  # the window ticker's first round, after the start
+TICKER_S = 60.0  # its message
+MEND_S = 10.0  # a damaged database is set aside before the start goes on
+FLUSH_S = 1.0  # who asks for the history waits so long for rows to be written
 WINDOW_NEAR_S = 3_600.0  # before its end a window is worth using up
 LIMITS_S = 300.0  # what an answer said of its limits is too old to go by
 HISTORY = 20  # late attempts whose times are kept
@@ -215,6 +225,15 @@ PLANS = 256  # models whose endpoints are kept looked up
 BACKLOG = 1024  # a burst of 300 connects lost 81 with the default of 5
 SWITCH_S = 0.0005  # thread switch interval: keeps a busy worker off the relay
 MAX_ATTEMPTS = 4  # endpoints that one request may be sent to
+RENEW_EARLY_S = 300.0  # an access token is renewed so long before it expires
+RENEW_FLOOR_S = 10.0  # between two refreshes of one account, whatever happens
+RENEW_PAUSE_S = 60.0  # after a failed one; doubled by each further failure
+RENEW_PAUSE_MOST_S = 900.0
+RENEW_LOCK_S = 75.0  # waiting for another process's refresh: longer than it takes
+ASK_S = 30.0  # the provider's answer
+ASK_BYTES = 64 * 1024
+TOKEN_LIFE_MOST_S = 400 * 86_400.0  # setup tokens live for a year
+LOGIN_S = 600.0  # from the login's address to its code
 
 CRLF = b"\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -267,6 +286,12 @@ MESSAGES_PATH = "/v1/messages"
 COUNT_PATH = "/v1/messages/count_tokens"
 BATCHES_PATH = "/v1/messages/batches"
 
+# Names of other balancers, as far as they mean the same
+OTHER_STRATEGY_NAMES = {
+    "least_requests": "least_used",
+    "weighted_round_robin": "weighted",
+    "dynamic": "headroom",
+}
 STRATEGY_NAMES = (
     "round_robin",
     "weighted",
@@ -280,6 +305,32 @@ STRATEGY_NAMES = (
 )
 LEVELS = {"debug": 10, "info": 20, "warn": 30, "warning": 30, "error": 40}
 CLIENT_KEY_CHARACTERS = 32
+
+HISTORY_GATHER_S = 0.25  # rows are written together that come within this time
+HISTORY_RETRY_S = 2.0  # between two tries to write what could not be written
+HISTORY_CHORE_S = 60.0  # how often old rows are looked for
+HISTORY_WAITING = 10_000  # rows that wait while the database cannot be written
+HISTORY_BATCH = 2000  # rows of one transaction
+HISTORY_STRIKES = 3  # a single row that fails so often is left out
+HISTORY_STEP = 500  # old rows deleted at once
+HISTORY_STEPS = 4  # such steps after one batch
+HISTORY_PATH = 512  # characters kept of a request's path
+HISTORY_NAME = 128  # and of a model's name
+HISTORY_TOKENS = 1 << 40  # a count beyond this is nonsense, and its sum no integer
+MEMORY_ROWS = 50_000  # kept where there is no file: about 20 MB
+MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86_400
+MINUTES_KEPT_S = 7 * HOUR_S  # roll-ups by the minute; those by the hour stay
+ROLLUP_PAIRS = 200  # (endpoint, model) pairs of one hour; clients invent models
+OTHER_MODELS = "other"
+WINDOW_S = 5 * HOUR_S  # of a subscription's use: it begins with the first request
+# Range of /api/analytics -> seconds of a bucket, its name, number of buckets.
+RANGES = {
+    "1h": (MINUTE_S, "1m", 60),
+    "6h": (5 * MINUTE_S, "5m", 72),
+    "24h": (HOUR_S, "1h", 24),
+    "7d": (HOUR_S, "1h", 168),
+    "30d": (DAY_S, "1d", 30),
+}
 
 # ============================================================================
 # 2. ERRORS (pure)
@@ -606,6 +657,8 @@ class AccountSettings:
     #: Minutes between two rounds of the window ticker; 0: off.
     ticker_minutes: float = 0.0
     ticker_model: str = "claude-haiku-4-5"
+    #: URL of an HTTP proxy that the environment names for `base_url`.
+    proxy: str | None = None
 
 
 class RouteStep(NamedTuple):
@@ -1527,7 +1580,7 @@ def _key(value: Any, path: str, faults: _Faults) -> Secret | None:
         )
     elif len(set(text)) < 10:
         faults.add(path, "this key is too easy to guess: make a random one")
-    elif not _sendable(text):
+    elif not is_sendable(text):
         faults.add(path, "a key holds visible ASCII characters only")
     return Secret(text)
 
@@ -1545,20 +1598,6 @@ def _path_or_null(value: Any, path: str, faults: _Faults) -> str | None:
     return "" if value is None else _text(value, path, faults)
 
 
-def _web_url(value: Any, path: str, faults: _Faults) -> str | None:
-    """Return an address that secrets are sent to: https, or on this machine."""
-    text = _text(value, path, faults)
-    try:
-        parts = urllib.parse.urlsplit(text or "")
-        safe = parts.scheme == "https" or is_loopback(parts.hostname or "")
-        good = safe and bool(parts.hostname) and parts.scheme in ("http", "https")
-    except ValueError:
-        good = False
-    if text is not None and not (good and _sendable(text)):
-        faults.add(path, "expected an https URL, or an http one of this machine")
-    return text
-
-
 def _plans(value: Any, path: str, faults: _Faults) -> dict[str, tuple[str, ...]]:
     if not isinstance(value, dict):
         faults.wrong(path, "an object: name of a plan -> list of model patterns", value)
@@ -1566,9 +1605,18 @@ def _plans(value: Any, path: str, faults: _Faults) -> dict[str, tuple[str, ...]]
     return {k: _texts(v, f"{path}.{k}", faults) for k, v in value.items()}
 
 
-def _sendable(text: str) -> bool:
+def is_sendable(text: str) -> bool:
     """Tell whether `text` can stand in a header field as it is."""
     return text.isascii() and text.isprintable() and " " not in text
+
+
+def _service_url(value: Any, path: str, faults: _Faults) -> str | None:
+    """Return the address of a service that gets tokens: https, or on this machine."""
+    url = _text(value, path, faults)
+    parts = url and _read_url(url, path, allow_http=True, faults=faults)
+    if parts and not parts[0] and not is_loopback(parts[1]):
+        faults.add(path, "http would send tokens in the clear: use https")
+    return url if parts else None
 
 
 # JSON name -> (field of the settings class, reader)
@@ -1622,12 +1670,12 @@ _STORAGE_KEYS: dict[str, tuple[str, _Reader]] = {
 }
 _ACCOUNT_KEYS: dict[str, tuple[str, _Reader]] = {
     "names": ("names", _texts),
-    "baseURL": ("base_url", _web_url),
-    "authorizeURL": ("authorize_url", _web_url),
-    "consoleAuthorizeURL": ("console_authorize_url", _web_url),
-    "tokenURL": ("token_url", _web_url),
-    "redirectURL": ("redirect_url", _web_url),
-    "apiKeyURL": ("api_key_url", _web_url),
+    "baseURL": ("base_url", _service_url),
+    "authorizeURL": ("authorize_url", _service_url),
+    "consoleAuthorizeURL": ("console_authorize_url", _service_url),
+    "tokenURL": ("token_url", _service_url),
+    "redirectURL": ("redirect_url", _service_url),
+    "apiKeyURL": ("api_key_url", _service_url),
     "clientId": ("client_id", _text),
     "scopes": ("scopes", _texts),
     "consoleScopes": ("console_scopes", _texts),
@@ -1732,7 +1780,7 @@ def _read_url(
         faults.add(path, "port 0 is none that could be connected to")
     elif parts.username or parts.password or "@" in parts.netloc:
         faults.add(path, "a URL must not hold a user name or password")
-    elif parts.query or parts.fragment or not _sendable(url) or "\\" in url:
+    elif parts.query or parts.fragment or not is_sendable(url) or "\\" in url:
         faults.add(path, "a base URL ends with its path: no ? or #, no spaces")
     elif parts.scheme == "http" and not (is_loopback(host) or allow_http):
         faults.add(
@@ -1741,11 +1789,17 @@ def _read_url(
             ' or set "allowHttp": true for this endpoint',
         )
     else:
-        secure = parts.scheme == "https"
-        path_only = re.sub(r"/+", "/", parts.path).rstrip("/")
-        prefix = re.sub(r"/v1(?:/messages)?$", "", path_only)
-        return secure, host, port or (443 if secure else 80), prefix
+        return url_parts(url)
     return None
+
+
+def url_parts(url: str) -> tuple[bool, str, int, str]:
+    """Return (secure, host, port, prefix) of a base URL that was found good."""
+    parts = urllib.parse.urlsplit(url)
+    secure = parts.scheme == "https"
+    path_only = re.sub(r"/+", "/", parts.path).rstrip("/")
+    prefix = re.sub(r"/v1(?:/messages)?$", "", path_only)
+    return secure, parts.hostname or "", parts.port or (443 if secure else 80), prefix
 
 
 def _read_token(
@@ -1784,7 +1838,7 @@ def _read_token(
     token = str(text)
     if _PLACEHOLDER.search(token):
         faults.add(where, "this is a placeholder: put the endpoint's own token here")
-    elif not _sendable(token):
+    elif not is_sendable(token):
         faults.add(where, "a token holds visible ASCII characters only, no spaces")
     return Secret(token)
 
@@ -1994,6 +2048,13 @@ def _read_endpoints(
     return tuple(endpoints)
 
 
+def with_proxy(settings: AccountSettings, source: TokenSource) -> AccountSettings:
+    """Return `settings` with the proxy that the environment names for accounts."""
+    secure, host, _, _ = url_parts(settings.base_url)
+    proxy = source.proxy_for(host) if secure and not is_loopback(host) else None
+    return dataclasses.replace(settings, proxy=proxy)
+
+
 def loose_to_json(text: str) -> str:
     """Return the JSON of a JavaScript array or object literal, line for line.
 
@@ -2093,7 +2154,7 @@ def parse_config(text: str, *, name: str, source: TokenSource) -> Config:
             faults.add(key, f"unknown key{near_miss(key, _SECTION_KEYS)}")
     plans = {**DEFAULT_PLANS, **_plans(raw.get("plans", {}), "plans", faults)}
     endpoints = _read_endpoints(raw, plans, source, faults)
-    sections = _read_sections(raw, faults)
+    sections = _read_sections(raw, source, faults)
     # Names may be missing for a fault alone, or be those of accounts
     known = None if faults.lines or "accounts" in raw else endpoints
     routes = _read_routes(raw.get("routes", {}), known, faults)
@@ -2104,7 +2165,9 @@ def parse_config(text: str, *, name: str, source: TokenSource) -> Config:
     )
 
 
-def _read_sections(raw: Mapping[str, Any], faults: _Faults) -> dict[str, Any]:
+def _read_sections(
+    raw: Mapping[str, Any], source: TokenSource, faults: _Faults
+) -> dict[str, Any]:
     """Return the settings that a file's sections hold, by the fields of Config."""
     sections = {}
     for name, (settings, keys) in _SECTIONS.items():
@@ -2113,6 +2176,8 @@ def _read_sections(raw: Mapping[str, Any], faults: _Faults) -> dict[str, Any]:
             if values.get("database") == "":
                 values["database"] = None
             sections[name] = settings(**values)
+    if "accounts" in sections:
+        sections["accounts"] = with_proxy(sections["accounts"], source)
     for index, origin in enumerate(
         sections.get("server", ServerSettings()).cors_origins
     ):
@@ -3584,11 +3649,11 @@ class Price(NamedTuple):
     since: str
     #: Tokens of the longest prompt that it holds for, cached ones counted.
     most_prompt: float
-    input: float
-    output: float
-    write_5m: float | None = None
-    write_1h: float | None = None
-    read: float | None = None
+    input_usd: float
+    output_usd: float
+    write_5m_usd: float | None = None
+    write_1h_usd: float | None = None
+    read_usd: float | None = None
 
 
 _EVER = "1970-01-01"
@@ -3682,7 +3747,7 @@ def cost_usd(model: str, usage: Usage, at_s: float) -> float | None:
     price, factor = next(holding, None), _factor(name, usage)
     if price is None or factor is None:
         return None
-    rates = (price.input, price.output, price.read, price.write_5m, price.write_1h)
+    rates = (*price[3:5], price.read_usd, price.write_5m_usd, price.write_1h_usd)
     total = 0.0
     for count, rate in zip(counts, rates):
         if count and rate is None:
@@ -3804,7 +3869,7 @@ class Turn(NamedTuple):
     #: For `fastest`: a smaller gain is no reason to switch.
     threshold_ms: float
     #: Monotonic seconds.
-    now: float = 0.0
+    at: float = 0.0
 
 
 def round_robin(ready: Sequence[Candidate], turn: Turn) -> Candidate:
@@ -3869,7 +3934,7 @@ def window(ready: Sequence[Candidate], turn: Turn) -> Candidate:
     Windows that have not begun go first, so that they do; then those that end within
     the hour; then the least used.
     """
-    left_s = [c.window_until - turn.now for c in ready]
+    left_s = [c.window_until - turn.at for c in ready]
     phases = [(left > 0) + (left > WINDOW_NEAR_S) for left in left_s]
     first = min(phases)
     return min(
@@ -4631,6 +4696,8 @@ class Log:
             return
         if self._json:
             facts = dict(record._asdict(), ended=record.ended.value)
+            facts["tried"] = [attempt._asdict() for attempt in record.tried]
+            facts["usage"] = record.usage and record.usage._asdict()
             self._put({"level": level, "event": "exchange", **facts})
             return
         ms = record.first_byte_ms
@@ -4679,7 +4746,2493 @@ class Log:
 
 
 # ============================================================================
-# 15. POOL
+# 15. STORE
+# ============================================================================
+#
+# Rule: history never costs a request.  `record` appends to a deque; one thread
+# writes what waits, in one transaction, and keeps it while the database is ill.
+# Tables hold epoch milliseconds, roll-ups epoch seconds.  Statements are constants.
+# A release of the GIL beside a busy relay may cost a switch interval, and each
+# statement is at least one: hence rows go in by the dozen, and are summed up before
+# (1.3 us a row; with GROUP BY into a temporary table it was 3.6).
+
+
+class StoreError(ProxyError):
+    """History or accounts cannot be read or changed now; says why, for people."""
+
+
+class NewerSchemaError(ProxyError):
+    """The database was made by a later version of this program."""
+
+
+_TABLES = (
+    """CREATE TABLE IF NOT EXISTS accounts(
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, refresh_token TEXT NOT NULL,
+    access_token TEXT, expires_at INTEGER, created_at INTEGER NOT NULL,
+    last_used INTEGER, request_count INTEGER DEFAULT 0,
+    plan_type TEXT DEFAULT 'console', supported_models TEXT DEFAULT '',
+    usage_window_start INTEGER, usage_window_requests INTEGER DEFAULT 0)""",
+    """CREATE TABLE IF NOT EXISTS requests(
+    id TEXT PRIMARY KEY, timestamp INTEGER NOT NULL, method TEXT NOT NULL,
+    path TEXT NOT NULL, account_used TEXT, status_code INTEGER, success BOOLEAN,
+    error_message TEXT, response_time_ms INTEGER,
+    failover_attempts INTEGER DEFAULT 0)""",
+    "CREATE INDEX IF NOT EXISTS idx_requests_timestamp ON requests(timestamp DESC)",
+    "PRAGMA user_version = 1",
+)
+# Files of other balancers lack some of the first table's columns, too.
+_COLUMNS = {
+    "accounts": (
+        "last_used INTEGER",
+        "request_count INTEGER DEFAULT 0",
+        "plan_type TEXT DEFAULT 'console'",
+        "supported_models TEXT DEFAULT ''",
+        "usage_window_start INTEGER",
+        "usage_window_requests INTEGER DEFAULT 0",
+        "mode TEXT DEFAULT 'max'",
+        "api_key TEXT",
+        "paused INTEGER DEFAULT 0",
+        "needs_login TEXT",
+        "weight INTEGER DEFAULT 1",
+        "refresh_begun_at INTEGER",
+        "refreshed_at INTEGER",
+    ),
+    "requests": (
+        "failover_attempts INTEGER DEFAULT 0",
+        "model_asked TEXT",
+        "model_used TEXT",
+        "ended TEXT",
+        "first_byte_ms REAL",
+        "request_bytes INTEGER",
+        "response_bytes INTEGER",
+        "stream INTEGER",
+        "conversation TEXT",
+        "input_tokens INTEGER",
+        "output_tokens INTEGER",
+        "cache_read_input_tokens INTEGER",
+        "cache_write_5m_tokens INTEGER",
+        "cache_write_1h_tokens INTEGER",
+        "cost_usd REAL",
+        "attempts TEXT",
+    ),
+}
+# What another balancer calls otherwise: its column, and how ours is filled.
+_RENAMED = (
+    ("model", "UPDATE requests SET model_used = model WHERE model_used IS NULL"),
+    (
+        "cache_creation_input_tokens",
+        "UPDATE requests SET cache_write_5m_tokens = cache_creation_input_tokens",
+    ),
+)
+_ROLLUPS = (
+    """CREATE TABLE totals(
+    span_s INTEGER NOT NULL, at INTEGER NOT NULL, endpoint TEXT NOT NULL,
+    model TEXT NOT NULL, requests INTEGER NOT NULL DEFAULT 0,
+    succeeded INTEGER NOT NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0,
+    streams INTEGER NOT NULL DEFAULT 0, failovers INTEGER NOT NULL DEFAULT 0,
+    response_ms INTEGER NOT NULL DEFAULT 0, input_tokens INTEGER NOT NULL DEFAULT 0,
+    output_tokens INTEGER NOT NULL DEFAULT 0,
+    cache_read_input_tokens INTEGER NOT NULL DEFAULT 0,
+    cache_write_5m_tokens INTEGER NOT NULL DEFAULT 0,
+    cache_write_1h_tokens INTEGER NOT NULL DEFAULT 0,
+    token_ms INTEGER NOT NULL DEFAULT 0, cost_usd REAL NOT NULL DEFAULT 0,
+    priced INTEGER NOT NULL DEFAULT 0, unpriced INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY(span_s, at, endpoint, model)) WITHOUT ROWID""",
+    """CREATE TABLE first_bytes(
+    span_s INTEGER NOT NULL, at INTEGER NOT NULL, endpoint TEXT NOT NULL,
+    model TEXT NOT NULL, class INTEGER NOT NULL, requests INTEGER NOT NULL,
+    PRIMARY KEY(span_s, at, endpoint, model, class)) WITHOUT ROWID""",
+    "CREATE INDEX requests_failed ON requests(success) WHERE success = 0",
+    "PRAGMA user_version = 3",
+)
+
+_PAIRS = "SELECT endpoint, model FROM totals WHERE span_s = 3600 AND at = ?"
+_TOTALS = "INSERT INTO totals VALUES "
+_TOTALS_AGAIN = """ ON CONFLICT(span_s, at, endpoint, model) DO UPDATE SET
+    requests = requests + excluded.requests,
+    succeeded = succeeded + excluded.succeeded,
+    cancelled = cancelled + excluded.cancelled,
+    streams = streams + excluded.streams,
+    failovers = failovers + excluded.failovers,
+    response_ms = response_ms + excluded.response_ms,
+    input_tokens = input_tokens + excluded.input_tokens,
+    output_tokens = output_tokens + excluded.output_tokens,
+    cache_read_input_tokens =
+        cache_read_input_tokens + excluded.cache_read_input_tokens,
+    cache_write_5m_tokens = cache_write_5m_tokens + excluded.cache_write_5m_tokens,
+    cache_write_1h_tokens = cache_write_1h_tokens + excluded.cache_write_1h_tokens,
+    token_ms = token_ms + excluded.token_ms,
+    cost_usd = cost_usd + excluded.cost_usd,
+    priced = priced + excluded.priced,
+    unpriced = unpriced + excluded.unpriced"""
+_CLASSES = "INSERT INTO first_bytes VALUES "
+_CLASSES_AGAIN = """ ON CONFLICT(span_s, at, endpoint, model, class) DO UPDATE SET
+    requests = requests + excluded.requests"""
+# A window that begins long after the request was opened by a clock gone wrong.
+_COUNT_USE = """UPDATE accounts SET last_used = :last,
+    request_count = ifnull(request_count, 0) + :n,
+    usage_window_requests = :n + CASE
+        WHEN usage_window_start > :first - :window
+        AND usage_window_start < :first + :window
+        THEN ifnull(usage_window_requests, 0) ELSE 0 END,
+    usage_window_start = CASE
+        WHEN usage_window_start > :first - :window
+        AND usage_window_start < :first + :window
+        THEN usage_window_start ELSE :first END
+    WHERE name = :endpoint"""
+
+
+class HistoryRow(NamedTuple):
+    """A row of `requests`: its columns, in the order of the statements."""
+
+    id: str
+    timestamp: int
+    method: str
+    path: str
+    account_used: str | None
+    status_code: int | None
+    success: bool
+    error_message: str | None
+    response_time_ms: int
+    failover_attempts: int
+    model_asked: str | None
+    model_used: str | None
+    ended: str
+    first_byte_ms: float | None
+    request_bytes: int
+    response_bytes: int
+    stream: bool
+    conversation: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+    cache_read_input_tokens: int | None
+    cache_write_5m_tokens: int | None
+    cache_write_1h_tokens: int | None
+    cost_usd: float | None
+    attempts: str | None
+
+
+_ROW_NAMES = HistoryRow._fields
+_NAMES = ",".join(_ROW_NAMES)
+_INSERT = f"INSERT OR IGNORE INTO requests({_NAMES}) VALUES "  # noqa: S608
+_VARIABLES = 999  # in one statement of SQLite before 3.32
+# What other programs wrote may have any type.
+_ROWS_AFTER = """SELECT id, CAST(timestamp AS INTEGER), method, path, account_used,
+    CAST(status_code AS INTEGER), CAST(success AS INTEGER), error_message,
+    CAST(response_time_ms AS INTEGER), CAST(failover_attempts AS INTEGER),
+    model_asked, model_used, ended, CAST(first_byte_ms AS REAL), request_bytes,
+    response_bytes, stream, conversation, CAST(input_tokens AS INTEGER),
+    CAST(output_tokens AS INTEGER), CAST(cache_read_input_tokens AS INTEGER),
+    CAST(cache_write_5m_tokens AS INTEGER), CAST(cache_write_1h_tokens AS INTEGER),
+    CAST(cost_usd AS REAL), attempts FROM requests WHERE rowid > ?"""
+_NEWEST_TIME = "SELECT ifnull(max(timestamp), 0) FROM requests"
+_NEWEST_ROW = "SELECT ifnull(max(rowid), 0) FROM requests"
+
+_RECENT = f"SELECT {_NAMES} FROM requests ORDER BY rowid DESC LIMIT ?"  # noqa: S608
+_RECENT_FAILURES = """SELECT timestamp, account_used, status_code, error_message
+    FROM requests WHERE success = 0 ORDER BY rowid DESC LIMIT 10"""
+_ACCOUNTS = "SELECT count(*) FROM accounts"
+_SPAN_ROWS = """FROM totals WHERE span_s = :span AND at >= :since AND at < :until
+    AND (:endpoint IS NULL OR endpoint = :endpoint)
+    AND (:model IS NULL OR model = :model)"""
+_SPAN_CLASSES = _SPAN_ROWS.replace("totals", "first_bytes")
+_SUMS = """sum(requests), sum(succeeded), sum(cancelled), sum(streams),
+    sum(failovers), sum(response_ms), sum(input_tokens), sum(output_tokens),
+    sum(cache_read_input_tokens), sum(cache_write_5m_tokens),
+    sum(cache_write_1h_tokens), sum(token_ms), sum(cost_usd), sum(priced),
+    sum(unpriced) """
+_TALLIES = (
+    f"SELECT at - at % :bucket, endpoint, model, {_SUMS} {_SPAN_ROWS} GROUP BY 1, 2, 3"
+)
+_CLASSES_BY_TIME = (
+    f"SELECT at - at % :bucket, class, sum(requests) {_SPAN_CLASSES} GROUP BY 1, 2"
+)
+_CLASSES_BY_NAMES = (
+    f"SELECT endpoint, model, class, sum(requests) {_SPAN_CLASSES} GROUP BY 1, 2, 3"
+)
+
+_DROP_OLD = """DELETE FROM requests WHERE rowid IN (
+    SELECT rowid FROM requests WHERE timestamp < ? ORDER BY timestamp LIMIT ?)"""
+_DROP_FIRST = """DELETE FROM requests WHERE rowid IN (
+    SELECT rowid FROM requests ORDER BY rowid LIMIT ?)"""
+_COUNT_ROWS = "SELECT count(*) FROM requests"
+# Ten spans at a time, from the oldest on.
+_DROP_TOTALS = """DELETE FROM totals WHERE span_s = :span AND at < min(:before,
+    (SELECT min(at) FROM totals WHERE span_s = :span) + 10 * :span)"""
+_DROP_CLASSES = _DROP_TOTALS.replace("totals", "first_bytes")
+
+_RESET_ACCOUNTS = "UPDATE accounts SET request_count = 0, last_used = NULL"
+_CLEAR = ("DELETE FROM requests", "DELETE FROM totals", "DELETE FROM first_bytes")
+_SAVED_NAMES = (
+    "id",
+    "name",
+    "refresh_token",
+    "access_token",
+    "expires_at",
+    "created_at",
+    "last_used",
+    "request_count",
+    "plan_type",
+    "supported_models",
+    "usage_window_start",
+    "usage_window_requests",
+    "mode",
+    "api_key",
+    "paused",
+    "needs_login",
+    "weight",
+    "refresh_begun_at",
+    "refreshed_at",
+)
+_SAVE_ACCOUNT = (
+    f"INSERT OR IGNORE INTO accounts({','.join(_SAVED_NAMES)})"  # noqa: S608 - names
+    f" VALUES ({','.join('?' * len(_SAVED_NAMES))})"
+)
+
+
+# -- the file and its schema -------------------------------------------------
+
+
+def _execute_all(db: sqlite3.Connection, statements: Iterable[str]) -> None:
+    for statement in statements:
+        db.execute(statement)
+
+
+def _first_value(db: sqlite3.Connection, statement: str) -> Any:
+    return db.execute(statement).fetchone()[0]
+
+
+def _columns_of(db: sqlite3.Connection, table: str) -> set[str]:
+    found = db.execute("SELECT name FROM pragma_table_info(?)", (table,))
+    return {name for (name,) in found}
+
+
+def _make_tables(db: sqlite3.Connection) -> None:
+    """Step 1: the tables of the balancer whose file this may be."""
+    _execute_all(db, _TABLES)
+
+
+def _add_columns(db: sqlite3.Connection) -> None:
+    """Step 2: our columns, where they are missing."""
+    for table, columns in _COLUMNS.items():
+        there = _columns_of(db, table)
+        for column in columns:
+            if column.partition(" ")[0] not in there:
+                db.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+    there = _columns_of(db, "requests")
+    _execute_all(db, (fill for theirs, fill in _RENAMED if theirs in there))
+    db.execute("PRAGMA user_version = 2")
+
+
+def _make_rollups(db: sqlite3.Connection) -> None:
+    """Step 3: the roll-ups, from the rows that are there."""
+    _execute_all(db, _ROLLUPS)
+    minutes_since = int(_first_value(db, _NEWEST_TIME)) // 1000 - MINUTES_KEPT_S
+    rows = map(HistoryRow._make, db.execute(_ROWS_AFTER, (0,)))
+    while some := list(itertools.islice(rows, 5000)):
+        _roll_up(db, some, minutes_since)
+
+
+#: Step n leads from user_version n - 1 to n.
+MIGRATIONS = (_make_tables, _add_columns, _make_rollups)
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Hold the write lock, from before the first look at the data to the commit."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        # Some errors have already rolled back
+        with contextlib.suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+        raise
+
+
+def _version(db: sqlite3.Connection) -> int:
+    version = int(_first_value(db, "PRAGMA user_version"))
+    if version > len(MIGRATIONS):
+        text = f"its schema is {version}, this program knows {len(MIGRATIONS)}"
+        raise NewerSchemaError(f"the database is a later version's: {text}")
+    return version
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    """Take the steps that are missing; other processes may do so as well."""
+    while _version(db) < len(MIGRATIONS):
+        with transaction(db):
+            version = _version(db)
+            if version < len(MIGRATIONS):
+                MIGRATIONS[version](db)
+
+
+def _make_file(path: str) -> None:
+    """Make the file, 0600 in a folder 0700; take others' rights to one there is.
+
+    Never opens one that is there: closing it would drop the locks that this
+    process's other connections hold (POSIX).
+    """
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        os.close(os.open(path, flags, 0o600))
+    except FileExistsError:
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.ELOOP, "not a plain file", path) from None
+        if mode & 0o077:
+            os.chmod(path, 0o600)
+
+
+def open_database(path: str) -> sqlite3.Connection:
+    """Open the SQLite file, made and brought to our schema where needed.
+
+    It commits each statement by itself, outside `transaction`.  Raises sqlite3.Error,
+    OSError, NewerSchemaError.
+    """
+    _make_file(path)
+    db = sqlite3.connect(
+        path, timeout=5.0, isolation_level=None, check_same_thread=False
+    )
+    try:
+        # Told before anything is written, the journal's mode included
+        _version(db)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute("PRAGMA busy_timeout = 5000")
+        db.execute("PRAGMA journal_size_limit = 16777216")
+        _migrate(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def memory_database() -> sqlite3.Connection:
+    """Return a database of our schema that is gone with the process."""
+    db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    _migrate(db)
+    return db
+
+
+# -- writing -----------------------------------------------------------------
+
+
+def _plain(text: str, most: int) -> str:
+    """Return `text` short, with what no terminal or database takes made visible."""
+    if len(text) > most:
+        text = text[:most]
+    if text.isprintable():  # False for control, direction and half characters
+        return text
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def _told_error(tried: AttemptRecord) -> str:
+    return f"HTTP {tried.status}: {tried.reason}" if tried.status else tried.reason
+
+
+def _failure_text(record: ExchangeRecord, model: str | None) -> str:
+    """Return why it failed: JSON, an object for each endpoint that was tried."""
+    told: dict[str, dict[str, object]] = {}
+    for tried in record.tried:
+        retries = sum(t.endpoint == tried.endpoint for t in record.tried)
+        error = _told_error(tried) or record.reason or record.ended.value
+        told[tried.endpoint] = {
+            "account": tried.endpoint,
+            "error": error,
+            "retries": retries,
+            "model": model,
+        }
+    if not told:
+        error = record.reason or record.ended.value
+        named = record.endpoint or None
+        told[""] = {"account": named, "error": error, "retries": 0, "model": model}
+    return json.dumps(list(told.values()))
+
+
+def _attempts_text(tried: tuple[AttemptRecord, ...]) -> str:
+    listed = [
+        {"endpoint": a.endpoint, "status": a.status, "reason": a.reason, "ms": ms}
+        for a in tried
+        for ms in (round(a.total_ms, 1),)
+    ]
+    return json.dumps(listed)
+
+
+# Lower bounds of the classes of first-byte times above the first: each is 2**(1/4)
+# wide, so that its middle is 9.1 % off at most.  Roll-ups hold the class's number.
+_BOUNDS = tuple(2 ** (i / 4) for i in range(81))
+
+_NO_TOKENS: tuple[int | None, ...] = (None,) * 5
+
+
+def _tokens_of(usage: Usage) -> tuple[int | None, ...]:
+    """Return its counts; those that no answer can have are none."""
+    counts: tuple[int | None, ...] = usage[:5]
+    for n in counts:
+        if n is not None and not 0 <= n < HISTORY_TOKENS:
+            return _NO_TOKENS
+    return counts
+
+
+def _row_of(record: ExchangeRecord) -> HistoryRow:
+    """Return the row of an exchange.  Measured: 2.4 us."""
+    good = record.ended is Outcome.OK and record.status < 400
+    asked, used, usage = record.model_asked, record.model_used, record.usage
+    asked = asked and _plain(asked, HISTORY_NAME)
+    used = used and _plain(used, HISTORY_NAME)
+    model, tokens, cost = used or asked, _NO_TOKENS, None
+    if usage is not None:
+        tokens = _tokens_of(usage)
+        if tokens is not _NO_TOKENS:
+            cost = cost_usd(model or "", usage, record.at_ms / 1000)
+    row = (
+        record.request_id,
+        record.at_ms,
+        record.method,
+        _plain(record.path, HISTORY_PATH),
+        record.endpoint or None,
+        record.status or None,
+        good,
+        None if good else _failure_text(record, model),
+        round(record.total_ms),
+        max(0, record.attempts - 1),
+        asked,
+        used,
+        "ok" if record.ended is Outcome.OK else record.ended.value,
+        record.first_byte_ms,
+        record.request_bytes,
+        record.response_bytes,
+        record.stream,
+        record.conversation or None,
+        *tokens,
+        cost,
+        None if good and len(record.tried) < 2 else _attempts_text(record.tried),
+    )
+    return HistoryRow._make(row)
+
+
+def _put_rows(
+    db: sqlite3.Connection, start: str, rows: Sequence[Sequence[object]], end: str = ""
+) -> int:
+    """Insert rows, as many at once as one statement takes; return how many it did."""
+    done = 0
+    most = _VARIABLES // len(rows[0]) if rows else 1
+    for first in range(0, len(rows), most):
+        some = rows[first : first + most]
+        statement = _values(start, len(some), len(some[0]), end)
+        values = list(itertools.chain.from_iterable(some))
+        done += db.execute(statement, values).rowcount
+    return done
+
+
+@lru_cache(256)
+def _values(start: str, rows: int, columns: int, end: str) -> str:
+    row = f"({','.join('?' * columns)})"
+    return f"{start}{','.join([row] * rows)}{end}"
+
+
+_summed_of = operator.attrgetter(
+    "success",
+    "stream",
+    "failover_attempts",
+    "response_time_ms",
+    "input_tokens",
+    "output_tokens",
+    "cache_read_input_tokens",
+    "cache_write_5m_tokens",
+    "cache_write_1h_tokens",
+    "cost_usd",
+)
+
+
+class Sums(NamedTuple):
+    """What some requests come to.  Times in ms, cost of the `priced` ones."""
+
+    requests: int = 0
+    succeeded: int = 0
+    cancelled: int = 0
+    streams: int = 0
+    failovers: int = 0
+    response_ms: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_5m_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    #: Response times of those that say how many tokens they made.
+    token_ms: int = 0
+    cost_usd: float = 0.0
+    priced: int = 0
+    #: Used tokens whose price is not known.
+    unpriced: int = 0
+
+    def plus(self, other: Sums) -> Sums:
+        """Return what both come to together."""
+        return Sums(*map(operator.add, self, other))
+
+
+_Key = tuple[int, str, str]
+
+
+def _sums_of(rows: Sequence[HistoryRow]) -> Sums:
+    """Return what rows come to.  Measured: 0.9 us a row."""
+    columns = zip(*map(_summed_of, rows))
+    added = [sum(filter(None, column)) for column in columns]
+    cancelled = sum(r.ended == Outcome.CLIENT_CANCELLED.value for r in rows)
+    told = [
+        r for r in rows if r.output_tokens is not None or r.input_tokens is not None
+    ]
+    priced = sum(r.cost_usd is not None for r in told)
+    token_ms = sum(r.response_time_ms or 0 for r in told if r.output_tokens)
+    (good, *counted), cost = added[:-1], added[-1]
+    sums = (len(rows), good, cancelled, *counted, token_ms, cost)
+    return Sums._make((*sums, priced, len(told) - priced))
+
+
+class _Hours:
+    """Names that roll-ups may have: few enough for each hour."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self._pairs: dict[int, set[tuple[str, str]]] = {}
+
+    def name(self, at: int, endpoint: str, model: str) -> str:
+        """Return under which name a model's requests at `at` are summed up."""
+        hour = at - at % HOUR_S
+        if hour not in self._pairs:
+            self._pairs[hour] = set(self._db.execute(_PAIRS, (hour,)))
+        pairs = self._pairs[hour]
+        if (endpoint, model) in pairs or len(pairs) < ROLLUP_PAIRS:
+            pairs.add((endpoint, model))
+            return model
+        return OTHER_MODELS
+
+
+def _minutes(rows: Iterable[HistoryRow]) -> list[tuple[_Key, list[HistoryRow]]]:
+    """Return rows by minute, endpoint and model, those with the most first."""
+    groups: dict[_Key, list[HistoryRow]] = {}
+    for row in rows:
+        model = row.model_used or row.model_asked or ""
+        key = row.timestamp // 60_000 * 60, row.account_used or "", model
+        groups.setdefault(key, []).append(row)
+    return sorted(groups.items(), key=lambda group: -len(group[1]))
+
+
+def _roll_up(
+    db: sqlite3.Connection, rows: Sequence[HistoryRow], minutes_since: int = 0
+) -> None:
+    """Add rows to the roll-ups, to those by the minute from an epoch second on."""
+    hours = _Hours(db)
+    totals: dict[tuple[object, ...], Sums] = {}
+    classes: collections.Counter[tuple[object, ...]] = collections.Counter()
+    for (at, endpoint, model), group in _minutes(rows):
+        name = hours.name(at, endpoint, model)
+        sums = _sums_of(group)
+        times = [r.first_byte_ms for r in group if r.first_byte_ms is not None]
+        counts = collections.Counter(bisect.bisect_right(_BOUNDS, ms) for ms in times)
+        for span_s in (MINUTE_S, HOUR_S):
+            if span_s == HOUR_S or at > minutes_since:
+                key = (span_s, at - at % span_s, endpoint, name)
+                totals[key] = totals[key].plus(sums) if key in totals else sums
+                for place, n in counts.items():
+                    placed = (*key, place)
+                    classes[placed] += n
+    _put_rows(
+        db, _TOTALS, [(*key, *sums) for key, sums in totals.items()], _TOTALS_AGAIN
+    )
+    counted = [(*key, n) for key, n in classes.items()]
+    _put_rows(db, _CLASSES, counted, _CLASSES_AGAIN)
+
+
+def _count_use(db: sqlite3.Connection, rows: Sequence[HistoryRow]) -> None:
+    """Count the rows whose requests were answered well for the accounts."""
+    served: dict[str, list[int]] = {}
+    for row in rows:
+        if row.account_used and 200 <= (row.status_code or 0) < 400:
+            served.setdefault(row.account_used, []).append(row.timestamp)
+    for endpoint, times in served.items():
+        bound = {"n": len(times), "first": min(times), "last": max(times)}
+        window_ms = WINDOW_S * 1000
+        db.execute(_COUNT_USE, {**bound, "endpoint": endpoint, "window": window_ms})
+
+
+def write_records(db: sqlite3.Connection, records: Sequence[ExchangeRecord]) -> None:
+    """Put exchanges into history, roll-ups and the accounts' counters, or none."""
+    rows = [_row_of(record) for record in records]
+    with transaction(db):
+        last = _first_value(db, _NEWEST_ROW)
+        if _put_rows(db, _INSERT, rows) < len(rows):
+            # Some were there already: they do not count twice
+            rows = [HistoryRow._make(r) for r in db.execute(_ROWS_AFTER, (last,))]
+        _roll_up(db, rows)
+        _count_use(db, rows)
+
+
+# -- old rows ----------------------------------------------------------------
+
+
+def surplus_rows(db: sqlite3.Connection, most: int) -> int:
+    """Return how many rows of history there are above `most`."""
+    return max(0, int(_first_value(db, _COUNT_ROWS)) - most)
+
+
+def drop_rows(db: sqlite3.Connection, before_ms: int, surplus: int) -> int:
+    """Delete some rows older than `before_ms`, else of the first `surplus`."""
+    old = db.execute(_DROP_OLD, (before_ms, HISTORY_STEP)).rowcount
+    if old or not surplus:
+        return old
+    return db.execute(_DROP_FIRST, (min(surplus, HISTORY_STEP),)).rowcount
+
+
+def drop_rollups(db: sqlite3.Connection, epoch: float, kept_s: float) -> int:
+    """Delete some roll-ups that are too old; return how many."""
+    dropped = 0
+    for span_s, span_kept_s in ((MINUTE_S, MINUTES_KEPT_S), (HOUR_S, kept_s)):
+        bound = {"span": span_s, "before": int(epoch - span_kept_s) - span_s}
+        with transaction(db):
+            dropped += db.execute(_DROP_TOTALS, bound).rowcount
+            dropped += db.execute(_DROP_CLASSES, bound).rowcount
+    return dropped
+
+
+def reset_statistics(db: sqlite3.Connection) -> None:
+    """Set the accounts' counters to none; history stays."""
+    db.execute(_RESET_ACCOUNTS)
+
+
+def clear_history(db: sqlite3.Connection) -> int:
+    """Delete all requests and roll-ups; return how many requests it were."""
+    with transaction(db):
+        rows = int(_first_value(db, _COUNT_ROWS))
+        _execute_all(db, _CLEAR)
+    return rows
+
+
+# -- reading -----------------------------------------------------------------
+
+
+class Tally(NamedTuple):
+    """Requests of one stretch of time, one endpoint and one model."""
+
+    #: Epoch seconds at which the stretch begins.
+    at: int
+    #: "": none was reached.
+    endpoint: str
+    #: "": not known.
+    model: str
+    sums: Sums
+
+
+#: (lower bound in ms, requests) of each class of first-byte times, ascending.
+Classes = Sequence[tuple[float, int]]
+
+
+class Analytics(NamedTuple):
+    """What happened in a range of time."""
+
+    range: str
+    #: Epoch seconds of the first bucket and of now.
+    since: int
+    epoch: float
+    tallies: Sequence[Tally]
+    classes_by_time: Mapping[int, Classes]
+    classes_by_endpoint: Mapping[str, Classes]
+    classes_by_model: Mapping[str, Classes]
+
+
+class Failure(NamedTuple):
+    """A request that went wrong; `at_ms` is its epoch."""
+
+    at_ms: int
+    endpoint: str
+    status: int
+    #: As the row says it: JSON of the attempts, or text of another balancer.
+    text: str
+
+
+class Statistics(NamedTuple):
+    """What happened in all the time that is kept."""
+
+    epoch: float
+    tallies: Sequence[Tally]
+    #: The last ones, newest first.
+    failures: Sequence[Failure]
+    accounts: int
+
+
+def _attempts_of(row: Mapping[str, Any]) -> list[Any]:
+    """Return a row's attempts; where it holds none, the only one."""
+    if row["attempts"] is not None:
+        with contextlib.suppress(ValueError):
+            listed = json.loads(row["attempts"])
+            return listed if isinstance(listed, list) else []
+        return []
+    if row["account_used"] is None:
+        return []
+    only = {"endpoint": row["account_used"], "status": row["status_code"] or 0}
+    return [{**only, "reason": "", "ms": row["response_time_ms"]}]
+
+
+def recent_requests(db: sqlite3.Connection, limit: int) -> list[dict[str, Any]]:
+    """Return the last rows by name of column, the one written last first."""
+    rows = []
+    for values in db.execute(_RECENT, (limit,)):
+        row = dict(zip(_ROW_NAMES, values))
+        row["attempts"] = _attempts_of(row)
+        row["success"] = int(bool(row["success"]))
+        rows.append(row)
+    return rows
+
+
+def _tallies(db: sqlite3.Connection, bound: Mapping[str, object]) -> list[Tally]:
+    return [
+        Tally(at, endpoint, model, Sums(*sums))
+        for at, endpoint, model, *sums in db.execute(_TALLIES, bound)
+    ]
+
+
+class _Classes:
+    """Requests by key and class of their first-byte times."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Any, dict[float, int]] = {}
+
+    def add(self, key: object, place: int, requests: int) -> None:
+        """Count requests of the class numbered `place`."""
+        least_ms = _BOUNDS[place - 1] if place else 0.0
+        counts = self._counts.setdefault(key, {})
+        counts[least_ms] = counts.get(least_ms, 0) + requests
+
+    def listed(self) -> dict[Any, Classes]:
+        """Return each key's classes, ascending."""
+        return {key: sorted(counts.items()) for key, counts in self._counts.items()}
+
+
+def _classes_by_time(
+    db: sqlite3.Connection, bound: Mapping[str, object]
+) -> dict[int, Classes]:
+    by_time = _Classes()
+    for row in db.execute(_CLASSES_BY_TIME, bound):
+        by_time.add(*row)
+    return by_time.listed()
+
+
+def _classes_by_names(
+    db: sqlite3.Connection, bound: Mapping[str, object]
+) -> tuple[dict[str, Classes], dict[str, Classes]]:
+    """Return classes by endpoint and by model: one pass over the table for both."""
+    by_endpoint, by_model = _Classes(), _Classes()
+    for endpoint, model, place, requests in db.execute(_CLASSES_BY_NAMES, bound):
+        by_endpoint.add(endpoint, place, requests)
+        by_model.add(model, place, requests)
+    return by_endpoint.listed(), by_model.listed()
+
+
+def analytics(
+    db: sqlite3.Connection,
+    span: str,
+    epoch: float,
+    endpoint: str | None = None,
+    model: str | None = None,
+) -> Analytics:
+    """Return what happened in the range `span`, a key of RANGES, up to `epoch`.
+
+    `endpoint` and `model` narrow it down.
+    """
+    bucket_s, _, buckets = RANGES[span]
+    since = (int(epoch) // bucket_s - buckets + 1) * bucket_s
+    bound = {
+        "span": MINUTE_S if bucket_s < HOUR_S else HOUR_S,
+        "bucket": bucket_s,
+        "since": since,
+        "until": since + buckets * bucket_s,
+        "endpoint": endpoint,
+        "model": model,
+    }
+    return Analytics(
+        span,
+        since,
+        epoch,
+        _tallies(db, bound),
+        _classes_by_time(db, bound),
+        *_classes_by_names(db, bound),
+    )
+
+
+def statistics(db: sqlite3.Connection, epoch: float) -> Statistics:
+    """Return what happened in all the time that is kept."""
+    always = {"span": HOUR_S, "bucket": 1 << 40, "since": 0, "until": 1 << 40}
+    bound = {**always, "endpoint": None, "model": None}
+    failures = [
+        Failure(at, endpoint or "", status or 0, text or "")
+        for at, endpoint, status, text in db.execute(_RECENT_FAILURES)
+    ]
+    return Statistics(
+        epoch,
+        _tallies(db, bound),
+        failures,
+        int(_first_value(db, _ACCOUNTS)),
+    )
+
+
+_PLANNED = {
+    "GET /api/requests": _RECENT,
+    "GET /api/stats, failures": _RECENT_FAILURES,
+    "GET /api/analytics, sums": _TALLIES,
+    "GET /api/analytics, first bytes": _CLASSES_BY_TIME,
+    "retention, by age": _DROP_OLD,
+    "retention, by number": _DROP_FIRST,
+}
+_COUNTED = {
+    "accounts": _ACCOUNTS,
+    "requests": _COUNT_ROWS,
+    "totals": "SELECT count(*) FROM totals",
+    "first_bytes": "SELECT count(*) FROM first_bytes",
+}
+
+
+def _plan(db: sqlite3.Connection, statement: str) -> list[str]:
+    """Return the steps SQLite takes; what is bound does not matter to it."""
+    named = dict.fromkeys(re.findall(r":(\w+)", statement), 0)
+    bound = named or (0,) * statement.count("?")
+    return [str(row[3]) for row in db.execute(f"EXPLAIN QUERY PLAN {statement}", bound)]
+
+
+def analyze(db: sqlite3.Connection) -> dict[str, Any]:
+    """Return query plans, sizes in bytes, numbers of rows, versions."""
+    pages = int(_first_value(db, "PRAGMA page_count"))
+    page_bytes = int(_first_value(db, "PRAGMA page_size"))
+    oldest, newest = db.execute(
+        "SELECT min(timestamp), max(timestamp) FROM requests"
+    ).fetchone()
+    return {
+        "file": str(db.execute("PRAGMA database_list").fetchone()[2]) or None,
+        "sqlite": sqlite3.sqlite_version,
+        "schema": int(_first_value(db, "PRAGMA user_version")),
+        "journal": str(_first_value(db, "PRAGMA journal_mode")),
+        "bytes": pages * page_bytes,
+        "pages": pages,
+        "pageBytes": page_bytes,
+        "freePages": int(_first_value(db, "PRAGMA freelist_count")),
+        "rows": {name: int(_first_value(db, sql)) for name, sql in _COUNTED.items()},
+        "oldestMs": oldest,
+        "newestMs": newest,
+        "plans": {name: _plan(db, sql) for name, sql in _PLANNED.items()},
+    }
+
+
+# -- the thread --------------------------------------------------------------
+
+_Mark = tuple["tuple[int, int] | None", ...]
+_Told = TypeVar("_Told")
+
+
+def _mark(path: str) -> _Mark:
+    """Return what tells the file and its journal from others in their places."""
+    found: list[tuple[int, int] | None] = []
+    for name in (path, f"{path}-wal", f"{path}-shm"):
+        try:
+            there = os.stat(name)
+        except FileNotFoundError:
+            found.append(None)
+        else:
+            found.append((there.st_dev, there.st_ino))
+    return tuple(found)
+
+
+def _is_damage(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, sqlite3.DatabaseError) and (
+        "malformed" in text or "not a database" in text
+    )
+
+
+def _readable_accounts(path: str) -> list[tuple[object, ...]]:
+    """Return the accounts that a damaged file still shows."""
+    saved: list[tuple[object, ...]] = []
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(path, timeout=1.0)) as db,
+    ):
+        db.row_factory = sqlite3.Row
+        for row in db.execute("SELECT * FROM accounts"):
+            there = row.keys()
+            saved.append(tuple(row[n] if n in there else None for n in _SAVED_NAMES))
+    return saved
+
+
+def _set_aside(path: str, epoch: float) -> str:
+    """Move a damaged file and its journal away; return its new name."""
+    moment = datetime.fromtimestamp(epoch, timezone.utc)
+    aside = f"{path}.corrupt-{moment:%Y%m%dT%H%M%S}"
+    for end in ("-wal", "-shm", ""):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path + end, aside + end)
+            os.chmod(aside + end, 0o600)
+    return aside
+
+
+def request_document(record: ExchangeRecord) -> dict[str, Any]:
+    """Return an exchange as `recent_requests` will."""
+    row: dict[str, Any] = dict(zip(_ROW_NAMES, _row_of(record)))
+    row["attempts"] = _attempts_of(row)
+    row["success"] = int(bool(row["success"]))
+    return row
+
+
+class _Place:
+    """Where rows are kept: a file that may be damaged, deleted or a later version's.
+
+    `using` is for the store's thread, `ask` for all others.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        log: Log,
+        connect: Callable[[str], sqlite3.Connection],
+        rescued: Callable[[sqlite3.Connection], None] | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._path = path or ""
+        self._log = log
+        self._connect = connect
+        self._rescued = rescued
+        self._clock = clock
+        self._lock = threading.Lock()  # guards the use of _memory
+        self._memory = None if path else memory_database()
+        self._db: sqlite3.Connection | None = None  # the thread's own
+        self._marked: _Mark = ()
+        self._damaged = False
+        #: One who read has found damage; a look will tell.
+        self.suspected = False
+        #: Why rows go elsewhere than they should.
+        self.notice = ""
+
+    @property
+    def opened(self) -> bool:
+        """Tell whether there is a database at hand."""
+        return self._db is not None or self._memory is not None
+
+    @property
+    def in_memory(self) -> bool:
+        """Tell whether all is gone with the process."""
+        return self._memory is not None
+
+    def ask(self, query: Callable[[sqlite3.Connection], _Told], changes: bool) -> _Told:
+        """Return what `query` says; raises StoreError."""
+        try:
+            if self._memory is not None:
+                with self._lock:
+                    return query(self._memory)
+            with contextlib.closing(self._for_asking(changes=changes)) as db:
+                return query(db)
+        except (sqlite3.Error, OSError, NewerSchemaError) as error:
+            self.suspected = self.suspected or _is_damage(error)
+            raise StoreError(f"the database cannot be used: {error}") from error
+
+    def _for_asking(self, *, changes: bool) -> sqlite3.Connection:
+        """Return a connection of the asker's own; an empty one before the first row."""
+        if not changes and not os.path.exists(self._path):
+            return memory_database()
+        db = self._connect(self._path)
+        if not changes:
+            db.execute("PRAGMA query_only = ON")
+        return db
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[sqlite3.Connection]:
+        """Lend the database that rows go to."""
+        if self._memory is not None:
+            with self._lock:
+                yield self._memory
+        else:
+            yield self._file()
+
+    def _file(self) -> sqlite3.Connection:
+        """Return the thread's connection; a new one if the file is another."""
+        if self._db is not None and _mark(self._path) != self._marked:
+            self._log.write("warn", "history: its file was replaced or deleted")
+            self.leave()
+        if self._db is not None:
+            return self._db
+        lost = bool(self._marked) and not os.path.exists(self._path)
+        return self._begin(restored=lost)
+
+    def _begin(
+        self, *, restored: bool, accounts: Sequence[Sequence[object]] = ()
+    ) -> sqlite3.Connection:
+        """Open the file; one made in place of another gets the accounts back."""
+        db = self._db = self._connect(self._path)
+        self._marked = _mark(self._path)
+        if restored:
+            with transaction(db):
+                db.executemany(_SAVE_ACCOUNT, accounts)
+            if self._rescued is not None:
+                self._rescued(db)
+        return db
+
+    def leave(self) -> None:
+        """Close the file until it is used again."""
+        if self._db is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.close()
+            self._db = None
+
+    def mind(self, error: Exception) -> bool:
+        """Take note of what went wrong; tell whether it may go well at once."""
+        self.leave()
+        self._damaged = self._damaged or _is_damage(error)
+        if isinstance(error, NewerSchemaError):
+            self._memory = memory_database()
+            self.notice = f"{error}; history is kept in memory"
+        return self._damaged or bool(self.notice)
+
+    def mend(self) -> None:
+        """Look through a file under suspicion; begin a new one for a damaged one."""
+        if self._memory is not None:
+            return
+        if self.suspected:
+            self.suspected = False
+            with self.using() as db:
+                found = _first_value(db, "PRAGMA quick_check(1)")
+            if found != "ok":
+                raise sqlite3.DatabaseError(f"malformed: {found}")
+        if self._damaged:
+            self._damaged = False
+            self._replace()
+
+    def _replace(self) -> None:
+        self.leave()
+        accounts = _readable_accounts(self._path)
+        aside = _set_aside(self._path, self._clock())
+        text = "history: the database is damaged, a new one is begun"
+        self._log.write("error", text, aside=aside, accounts=len(accounts))
+        self._begin(restored=True, accounts=accounts)
+
+
+class Store:
+    """Writes exchanges into the history, in a thread of its own; lets it be read."""
+
+    def __init__(
+        self,
+        settings: StorageSettings,
+        log: Log,
+        *,
+        rescued: Callable[[sqlite3.Connection], None] | None = None,
+        clock: Callable[[], float] = time.time,  # noqa: TID251 - records are epoch
+        connect: Callable[[str], sqlite3.Connection] = open_database,
+    ) -> None:
+        """Take the path in `settings` as it is; the file is made when needed.
+
+        `rescued` gets the database begun in place of one that was damaged or
+        deleted, in the store's thread.
+        """
+        self._log = log
+        self._clock = clock
+        self._place = _Place(settings.database, log, connect, rescued, clock)
+        self.configure(settings)
+        self._waiting: collections.deque[ExchangeRecord] = collections.deque()
+        self._flushes: collections.deque[threading.Event] = collections.deque()
+        self._wake = threading.Event()
+        self._asleep = False
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        #: Why rows cannot be written; "" while they can.
+        self._why = ""
+        self._most = HISTORY_BATCH
+        self._strikes = 0
+        self._chore_s = -math.inf
+        self._surplus = 0
+        self._more = False  # old rows are left over from the last step
+        self._overflowed = 0  # rows lost, counted by those who record
+        self._given_up = 0  # and by the thread
+
+    def configure(self, settings: StorageSettings) -> None:
+        """Take over what is kept, and for how long; the place stays."""
+        self._settings = settings
+
+    def start(self) -> None:
+        """Write from now on what is recorded."""
+        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Write what waits, and end; rows that cannot be written are lost."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def record(self, record: ExchangeRecord) -> None:
+        """Have an exchange written soon.  Measured: 0.4 us, with the caller's loop."""
+        if not self._settings.history:
+            return
+        if len(record.path) > HISTORY_PATH:
+            record = record._replace(path=record.path[:HISTORY_PATH])
+        waiting = self._waiting
+        waiting.append(record)
+        if self._asleep:
+            self._asleep = False
+            self._wake.set()
+        elif len(waiting) > HISTORY_WAITING:
+            waiting.popleft()
+            self._overflowed += 1
+
+    def flush(self, timeout_s: float = 5.0) -> bool:
+        """Wait until all that was recorded is committed; tell whether it is."""
+        done = threading.Event()
+        self._flushes.append(done)
+        self._wake.set()
+        return done.wait(timeout_s)
+
+    def read(self, query: Callable[[sqlite3.Connection], _Told]) -> _Told:
+        """Return what `query` finds, which cannot change a file; raises StoreError."""
+        return self._ask(query, changes=False)
+
+    def change(self, query: Callable[[sqlite3.Connection], _Told]) -> _Told:
+        """Return what `query` says of its change; raises StoreError."""
+        return self._ask(query, changes=True)
+
+    def _ask(
+        self, query: Callable[[sqlite3.Connection], _Told], *, changes: bool
+    ) -> _Told:
+        try:
+            return self._place.ask(query, changes)
+        finally:
+            if self._place.suspected:
+                self._wake.set()
+
+    def health(self) -> dict[str, object]:
+        """Return how the history does, for /health."""
+        why = self._why or self._place.notice
+        state = "failing" if why else "ok"
+        return {
+            "database": self._settings.database,
+            "state": state if self._settings.history else "off",
+            "why": why or None,
+            "waiting": len(self._waiting),
+            "dropped": self._overflowed + self._given_up,
+        }
+
+    # -- in the thread -------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._rest()
+            self._turn()
+        self._turn()
+        self._place.leave()
+
+    def _rest(self) -> None:
+        """Wait until rows came and had time to gather, or a chore is due."""
+        if self._why:
+            self._wake.wait(HISTORY_RETRY_S)
+        elif not self._waiting and not self._more:
+            self._asleep = True
+            # One that came before the line above woke nobody
+            if not self._waiting:
+                self._wake.wait(HISTORY_CHORE_S)
+            self._asleep = False
+        self._wake.clear()
+        at_once = self._stopping or self._flushes or self._place.suspected or self._why
+        if not at_once:
+            self._wake.wait(HISTORY_GATHER_S)
+            self._wake.clear()
+
+    def _turn(self) -> None:
+        """Write what waits, then look for what is too old."""
+        flushes = len(self._flushes)
+        try:
+            try:
+                self._place.mend()
+                written = self._write_all()
+                self._tidy()
+            except (sqlite3.Error, OSError, ProxyError) as error:
+                written = self._fail(error)
+        except Exception:  # noqa: BLE001 - the thread lives on
+            if not self._why:
+                self._log.fault("history: a fault of the proxy")
+            self._why = "a fault of the proxy; its log tells more"
+            written = False
+        if written:
+            self._recover()
+            for _ in range(flushes):
+                self._flushes.popleft().set()
+
+    def _write_all(self) -> bool:
+        """Write what waits; tell whether all of it could be written."""
+        while self._waiting:
+            if not self._write(self._take()):
+                return False
+        return True
+
+    def _take(self) -> list[ExchangeRecord]:
+        waiting = self._waiting
+        return [waiting.popleft() for _ in range(min(len(waiting), self._most))]
+
+    def _give_back(self, batch: list[ExchangeRecord]) -> None:
+        """Put rows back in front; the oldest are lost where they are too many."""
+        self._waiting.extendleft(reversed(batch))
+        while len(self._waiting) > HISTORY_WAITING:
+            self._waiting.popleft()
+            self._given_up += 1
+
+    def _write(self, batch: list[ExchangeRecord]) -> bool:
+        """Commit rows, or put them back and tell False."""
+        try:
+            with self._place.using() as db:
+                write_records(db, batch)
+        except (sqlite3.Error, OSError, ProxyError) as error:
+            self._give_back(batch)
+            return self._fail(error)
+        except Exception as error:  # noqa: BLE001 - a row that cannot be written
+            return self._narrow(batch, error)
+        self._most, self._strikes = HISTORY_BATCH, 0
+        return True
+
+    def _narrow(self, batch: list[ExchangeRecord], error: Exception) -> bool:
+        """Try with fewer rows, so that one that cannot be written harms no other."""
+        self._most = max(1, len(batch) // 8)
+        self._strikes += len(batch) == 1
+        if self._strikes < HISTORY_STRIKES:
+            self._give_back(batch)
+            if len(batch) == 1:
+                self._fail(error)
+            return len(batch) > 1
+        self._log.fault("history: a row cannot be written, and is left out")
+        self._given_up += 1
+        self._most, self._strikes = HISTORY_BATCH, 0
+        return True
+
+    def _fail(self, error: Exception) -> bool:
+        """Take note of why rows cannot be written; say so once.  Returns False."""
+        known = bool(self._place.notice)
+        if self._place.mind(error):
+            self._wake.set()
+        if self._place.notice:
+            if not known:
+                self._log.write("error", f"history: {self._place.notice}")
+            return False
+        if not self._why:
+            text = "history: rows cannot be written and wait in memory"
+            self._log.write("error", f"{text}: {error!r}")
+        self._why = str(error) or repr(error)
+        return False
+
+    def _recover(self) -> None:
+        if self._why:
+            self._why = ""
+            self._log.write("info", "history: rows are written again")
+
+    def _tidy(self) -> None:
+        """Delete some of what is too old, once a minute or while there is more."""
+        now = time.monotonic()
+        due = now - self._chore_s >= HISTORY_CHORE_S
+        if self._place.opened and (due or self._more):
+            with self._place.using() as db:
+                self._prune(db, due=due)
+            if due:
+                self._chore_s = now
+
+    def _prune(self, db: sqlite3.Connection, *, due: bool) -> None:
+        kept_s = self._settings.retention_days * DAY_S
+        epoch = self._clock()
+        if due:
+            most = self._settings.max_rows
+            most = min(most, MEMORY_ROWS) if self._place.in_memory else most
+            self._surplus = surplus_rows(db, most)
+            drop_rollups(db, epoch, kept_s)
+        before_ms = int((epoch - kept_s) * 1000)
+        for _ in range(HISTORY_STEPS):
+            dropped = drop_rows(db, before_ms, self._surplus)
+            self._surplus = max(0, self._surplus - dropped)
+            self._more = dropped == HISTORY_STEP
+            if not self._more:
+                return
+
+
+# ============================================================================
+# 16. ACCOUNTS
+# ============================================================================
+#
+# Logins that the user made once, and their tokens.  Facts: RFC 6749, RFC 7636.
+# Rule: a refresh token is good for one refresh.  So one refresh at a time runs per
+# account, in all processes together; none begins before the database was seen to
+# take a row; and a new pair is stored, to the disk, before anybody uses it.
+# Rule: what the provider says is shown by its error code alone, never as it stands:
+# it may quote a token.
+
+_NAME = re.compile(r"[!-~]{1,64}")
+_MADE_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+_ERROR_CODE = re.compile(r"[a-z][a-z_]{0,39}")
+_SELECT_ACCOUNTS = (
+    "SELECT id, name, plan_type, supported_models, mode, refresh_token, access_token,"
+    " expires_at, api_key, paused, needs_login, weight, created_at, last_used,"
+    " request_count, usage_window_start, usage_window_requests FROM accounts"
+)
+_ACCOUNT_COLUMNS = tuple(re.findall(r"\w+", _SELECT_ACCOUNTS)[1:-2])
+_INSERT_ACCOUNT = (
+    f"INSERT INTO accounts({','.join(_ACCOUNT_COLUMNS)})"  # noqa: S608 - our own
+    f" VALUES ({','.join('?' * len(_ACCOUNT_COLUMNS))})"
+)
+_OLD_MODELS = ("claude-3-5-sonnet-20241022", "claude-3-haiku-20240307")
+_PRO_MODELS = (*_OLD_MODELS, "claude-3-5-haiku-20241022")
+_NEW_MODELS = (*_PRO_MODELS, "claude-sonnet-4-20250514")
+#: What B wrote into `supported_models` by itself: there the plan's patterns speak.
+B_MODEL_LISTS = frozenset(
+    map(
+        frozenset,
+        (
+            _OLD_MODELS,
+            _PRO_MODELS,
+            (*_PRO_MODELS, "claude-3-opus-20240229"),
+            _NEW_MODELS,
+            (*_NEW_MODELS, "claude-3-opus-20240229", "claude-opus-4-20250514"),
+        ),
+    )
+)
+
+
+class AccountError(ProxyError):
+    """An account cannot be had, changed or renewed: why, in words for people."""
+
+
+class ProviderError(AccountError):
+    """The provider did not give what it was asked for.
+
+    `lost` says that the login itself is over, so that asking again is of no use.
+    """
+
+    def __init__(self, message: str, *, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
+class Account(NamedTuple):
+    """A stored login.  Times are epoch seconds."""
+
+    id: str
+    name: str
+    plan: str
+    #: Patterns of its own; empty: the plan's.
+    models: tuple[str, ...] = ()
+    mode: str = "max"
+    refresh_token: Secret | None = None
+    access_token: Secret | None = None
+    #: 0.0: unknown.
+    expires_at: float = 0.0
+    api_key: Secret | None = None
+    paused: bool = False
+    #: Why it has to log in again; "": it need not.
+    needs_login: str = ""
+    weight: int = 1
+    created_at: float = 0.0
+    last_used: float | None = None
+    request_count: int = 0
+    window_start: float | None = None
+    window_requests: int = 0
+
+
+class Tokens(NamedTuple):
+    """What a login or a refresh gave."""
+
+    access: Secret
+    #: None: the one that is there stays good.
+    refresh: Secret | None
+    #: Epoch seconds; 0.0: unknown.
+    expires_at: float
+    #: None: not told.
+    scopes: tuple[str, ...] | None
+
+
+class Login(NamedTuple):
+    """A login under way: what its answer has to fit."""
+
+    address: str
+    redirect_url: str
+    client_id: str
+    scopes: tuple[str, ...]
+    verifier: Secret
+    state: Secret
+
+
+def base64url(data: bytes) -> str:
+    """Return `data` as URLs and PKCE write it, without padding."""
+    return base64.urlsafe_b64encode(data).decode("ascii").rstrip("=")
+
+
+def new_login(
+    settings: AccountSettings, mode: str, *, random: bytes, key: bool, redirect: str
+) -> Login:
+    """Return a login for `--mode` max or console.
+
+    `random` is 64 bytes: half for the verifier, half for the state.  `key` asks for
+    the right to make an API key.  `redirect` "" means the page that shows the code.
+    """
+    console = mode == "console"
+    scopes = settings.console_scopes if console else settings.scopes
+    if key and "org:create_api_key" not in scopes:
+        scopes = ("org:create_api_key", *scopes)
+    return Login(
+        settings.console_authorize_url if console else settings.authorize_url,
+        redirect or settings.redirect_url,
+        settings.client_id,
+        scopes,
+        Secret(base64url(random[:32])),
+        Secret(base64url(random[32:64])),
+    )
+
+
+def login_url(login: Login) -> str:
+    """Return the address where the user allows the login."""
+    digest = hashlib.sha256(login.verifier.reveal().encode()).digest()
+    query = {
+        "code": "true",
+        "client_id": login.client_id,
+        "response_type": "code",
+        "redirect_uri": login.redirect_url,
+        "scope": " ".join(login.scopes),
+        "code_challenge": base64url(digest),
+        "code_challenge_method": "S256",
+        "state": login.state.reveal(),
+    }
+    return f"{login.address}?{urllib.parse.urlencode(query)}"
+
+
+def read_pasted(text: str, state: Secret) -> str:
+    """Return the code of a pasted `code#state` or callback address.
+
+    Raises AccountError where it is not the answer to this very login.
+    """
+    code, _, told = text.strip().partition("#")
+    if "://" in code:
+        query = urllib.parse.parse_qs(code.partition("?")[2])
+        code, told = (query.get(name, [""])[0] for name in ("code", "state"))
+    if not code or not is_sendable(code):
+        raise AccountError(
+            "that holds no code: paste the whole text that the page shows"
+        )
+    if not told:
+        raise AccountError("the part after # is missing: paste the whole text")
+    if not is_same(told, state):
+        raise AccountError("that code belongs to another login: use the newest page")
+    return code
+
+
+def is_same(text: str, secret: Secret) -> bool:
+    """Compare in constant time."""
+    return hmac.compare_digest(
+        text.encode("utf-8", "replace"), secret.reveal().encode()
+    )
+
+
+def _token(value: object) -> Secret | None:
+    """Return a token that can stand in a header field; None where there is none."""
+    good = (
+        isinstance(value, str) and value and len(value) <= 8192 and is_sendable(value)
+    )
+    return Secret(str(value)) if good else None
+
+
+def _object_in(body: bytes) -> dict[str, Any]:
+    """Return a reply's object; {} where it is none."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_token_reply(body: bytes, epoch: float) -> Tokens:
+    """Return the tokens that a reply at `epoch` holds; raises ProviderError."""
+    reply = _object_in(body)
+    access = _token(reply.get("access_token"))
+    if access is None:
+        raise ProviderError("the provider's reply holds no access token")
+    life, scope = reply.get("expires_in"), reply.get("scope")
+    life_s = 0.0
+    if isinstance(life, (int, float)) and not isinstance(life, bool) and life > 0:
+        life_s = min(life, TOKEN_LIFE_MOST_S)
+    return Tokens(
+        access,
+        _token(reply.get("refresh_token")),
+        epoch + life_s if life_s else 0.0,
+        tuple(scope.split()) if isinstance(scope, str) else None,
+    )
+
+
+def error_code_of(body: bytes) -> str:
+    """Return the error code of a refusal, or "" where none can be shown."""
+    error = _object_in(body).get("error")
+    return _shown_code(error.get("type") if isinstance(error, dict) else error)
+
+
+def _shown_code(code: object) -> str:
+    return code if isinstance(code, str) and _ERROR_CODE.fullmatch(code) else ""
+
+
+def name_fault(name: str) -> str:
+    """Return what is wrong with an account's name, or ""."""
+    if _NAME.fullmatch(name) and not set("\"'`") & set(name) and name[0] != "-":
+        return ""
+    return "a name has 1 to 64 visible ASCII characters, no spaces or quotes"
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """Return `name` made fit for an account and different from those taken."""
+    base = re.sub(r"[^!-~]|[\"'`]", "-", name).lstrip("-")[:60] or "account"
+    numbered = (f"{base}-{n}" for n in itertools.count(2))
+    return next(n for n in itertools.chain([base], numbered) if n not in taken)
+
+
+def is_due(account: Account, epoch: float) -> bool:
+    """Tell whether an account's token should be renewed now."""
+    if account.refresh_token is None or account.api_key or account.needs_login:
+        return False
+    if account.access_token is None:
+        return True
+    return bool(account.expires_at) and account.expires_at - epoch < RENEW_EARLY_S
+
+
+def patterns_of(
+    account: Account, plans: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:
+    """Return the patterns of the models that an account serves; empty: all."""
+    return account.models or plans.get(account.plan, ())
+
+
+def window_of(account: Account, epoch: float) -> tuple[float, int]:
+    """Return the seconds left of an account's five-hour window, and its requests."""
+    begun = account.window_start
+    left_s = -math.inf if begun is None else begun + WINDOW_S - epoch
+    return (left_s, account.window_requests) if left_s > 0 else (-math.inf, 0)
+
+
+def _hint(account: Account) -> str:
+    """Return what somebody has to do before an account can serve, or ""."""
+    credentials = (account.api_key, account.refresh_token, account.access_token)
+    if account.needs_login or not any(credentials):
+        return f"needs login: claude_lb.py accounts add {account.name}"
+    if account.paused:
+        return f"is paused: claude_lb.py accounts resume {account.name}"
+    return ""
+
+
+def endpoint_of_account(
+    account: Account,
+    settings: AccountSettings,
+    plans: Mapping[str, tuple[str, ...]],
+) -> Endpoint:
+    """Return an account as an endpoint; its OAuth token is asked for at each use."""
+    secure, host, port, prefix = url_parts(settings.base_url)
+    hint = _hint(account)
+    return Endpoint(
+        name=account.name,
+        base_url=settings.base_url,
+        secure=secure,
+        host=host,
+        port=port,
+        prefix=prefix,
+        auth_type=AuthType.API_KEY if account.api_key else AuthType.OAUTH,
+        credential=account.api_key,
+        enabled=not hint,
+        proxy=settings.proxy,
+        weight=account.weight,
+        models=patterns_of(account, plans),
+        group="accounts",
+        account=account.id,
+        plan=account.plan,
+        hint=hint,
+    )
+
+
+def _unfit(accounts: Sequence[Account]) -> dict[str, str]:
+    """Return id -> why, for accounts of another program that cannot be endpoints."""
+    why, taken = {}, set()
+    for account in accounts:
+        if name_fault(account.name):
+            why[account.id] = name_fault(account.name)
+        elif account.name in taken:
+            why[account.id] = f"{account.name} is the name of two accounts"
+        taken.add(account.name)
+    return why
+
+
+def with_accounts(config: Config, accounts: Sequence[Account]) -> Config:
+    """Return `config` with the accounts that serve; raises ConfigError."""
+    settings = config.accounts
+    if settings is None:
+        return config
+    names, unfit = settings.names, _unfit(accounts)
+    fit = [a for a in accounts if a.id not in unfit]
+    wanted = [a for a in fit if not names or a.name in names]
+    clashes = {e.name for e in config.endpoints} & {a.name for a in wanted}
+    if clashes:
+        rename = "claude_lb.py accounts rename OLD NEW"
+        text = "an account and an endpoint have the same name"
+        raise ConfigError([f"accounts: {text}, {n}: {rename}" for n in sorted(clashes)])
+    absent = sorted(set(names) - {a.name for a in fit})
+    joined = (endpoint_of_account(a, settings, config.plans) for a in wanted)
+    return dataclasses.replace(
+        config,
+        endpoints=(*config.endpoints, *joined),
+        warnings=(
+            *config.warnings,
+            *(f"accounts: {why}: rename one of them" for why in unfit.values()),
+            *(f"accounts.names: no account is named {name}" for name in absent),
+        ),
+    )
+
+
+# -- the provider --------------------------------------------------------------
+
+
+def _opener(url: str) -> Any:
+    """Return what asks `url`: no redirects, only the environment's proxies."""
+    import urllib.request  # noqa: PLC0415 - 15 ms that few need
+
+    proxies = {}
+    if not is_loopback(url_parts(url)[1]):
+        found = urllib.request.getproxies_environment()
+        proxy = found.get("https") or found.get("all")
+        proxies = {"https": proxy} if proxy else {}
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(proxies),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(context=ssl.create_default_context()),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+def _post(url: str, fields: Mapping[str, str] | None, token: Secret | None) -> Any:
+    """Return (status, body) of the answer; raises OSError and the like."""
+    import urllib.request  # noqa: PLC0415 - 15 ms that few need
+
+    end = time.monotonic() + ASK_S
+    data = b"" if fields is None else json.dumps(fields).encode()
+    request = urllib.request.Request(url, data, method="POST")  # noqa: S310 - checked
+    request.add_header("Content-Type", "application/json")
+    request.add_header("Accept", "application/json")
+    request.add_header("User-Agent", f"{PROXY_NAME}/{VERSION}")
+    if token is not None:
+        request.add_unredirected_header("Authorization", f"Bearer {token.reveal()}")
+    with _opener(url).open(request, timeout=ASK_S) as answer:
+        body = b""
+        while len(body) <= ASK_BYTES and time.monotonic() < end:
+            piece = answer.read1(ASK_BYTES)
+            if not piece:
+                return answer.status, body
+            body += piece
+    if len(body) > ASK_BYTES:
+        raise ProviderError("the provider's reply is too long")
+    raise TimeoutError
+
+
+def _trouble(error: Exception) -> str:
+    """Return in words why the provider could not be asked."""
+    reason = getattr(error, "reason", error)
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {reason.verify_message}"
+    if isinstance(reason, (TimeoutError, socket.timeout)):
+        return f"no answer within {ASK_S:g} s"
+    return getattr(reason, "strerror", None) or type(reason).__name__
+
+
+def ask_provider(
+    url: str, fields: Mapping[str, str] | None, token: Secret | None = None
+) -> bytes:
+    """Return the body of the good answer to a POST; raises ProviderError."""
+    host = url_parts(url)[1]
+    try:
+        status, body = _post(url, fields, token)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        text = f"{host} cannot be asked: {_trouble(error)}"
+        raise ProviderError(text) from None  # its own text may quote what was sent
+    if status in (200, 201):
+        return bytes(body)
+    code = error_code_of(body)
+    shown = f" ({code})" if code else ""
+    lost = status in (400, 401) and code == "invalid_grant"
+    raise ProviderError(f"{host} answered with status {status}{shown}", lost=lost)
+
+
+def exchange_code(
+    settings: AccountSettings, login: Login, code: str, epoch: float
+) -> Tokens:
+    """Return the tokens for a login's code; raises ProviderError."""
+    fields = {
+        "grant_type": "authorization_code",
+        "code": code,
+        "state": login.state.reveal(),
+        "redirect_uri": login.redirect_url,
+        "client_id": login.client_id,
+        "code_verifier": login.verifier.reveal(),
+    }
+    tokens = read_token_reply(ask_provider(settings.token_url, fields), epoch)
+    return tokens if tokens.scopes else tokens._replace(scopes=login.scopes)
+
+
+def make_api_key(settings: AccountSettings, token: Secret) -> Secret:
+    """Have the provider make an API key; raises ProviderError."""
+    key = _token(
+        _object_in(ask_provider(settings.api_key_url, None, token)).get("raw_key")
+    )
+    if key is None:
+        raise ProviderError("the provider's reply holds no API key")
+    return key
+
+
+# -- the rows ------------------------------------------------------------------
+
+
+def _own_models(text: object) -> tuple[str, ...]:
+    """Return the patterns in `supported_models`; empty for a list that B made."""
+    found = [m.strip() for m in str(text or "").split(",") if m.strip()]
+    return () if frozenset(found) in B_MODEL_LISTS else tuple(found)
+
+
+def _seconds(ms: Any) -> float | None:
+    return ms / 1000 if isinstance(ms, (int, float)) else None
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _ms(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * 1000)
+
+
+def _text_of(secret: Secret | None) -> str | None:
+    return None if secret is None else secret.reveal()
+
+
+def account_of(row: Mapping[str, Any]) -> Account:
+    """Return the account that a row holds, ours or another program's."""
+    tier, key = _whole(row.get("account_tier")), row.get("api_key")
+    plan = str(row.get("plan_type") or ("pro" if tier == 1 else "max"))
+    usual = "console" if key or plan == "console" else "max"
+    weight = _whole(row.get("weight")) or tier
+    return Account(
+        str(row["id"]),
+        str(row["name"]),
+        plan,
+        _own_models(row.get("supported_models")),
+        str(row.get("mode") or usual),
+        _token(row.get("refresh_token")),
+        _token(row.get("access_token")),
+        _seconds(row.get("expires_at")) or 0.0,
+        _token(key),
+        bool(row.get("paused")),
+        str(row.get("needs_login") or ""),
+        min(max(weight, 1), 1000),
+        _seconds(row.get("created_at")) or 0.0,
+        _seconds(row.get("last_used")),
+        _whole(row.get("request_count")),
+        _seconds(row.get("usage_window_start")),
+        _whole(row.get("usage_window_requests")),
+    )
+
+
+def _account_row(account: Account) -> tuple[Any, ...]:
+    """Return an account as a row, in the order of _ACCOUNT_COLUMNS."""
+    a = account
+    secrets = (_text_of(a.refresh_token) or "", _text_of(a.access_token))
+    return (
+        *(a.id, a.name, a.plan, ",".join(a.models), a.mode, *secrets),
+        *(_ms(a.expires_at or None), _text_of(a.api_key), int(a.paused)),
+        *(a.needs_login or None, a.weight, _ms(a.created_at), _ms(a.last_used)),
+        *(a.request_count, _ms(a.window_start), a.window_requests),
+    )
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Open a file of ours, 0600, never through a link; raises OSError."""
+    more = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    fd = os.open(path, flags | more, 0o600)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "not a plain file", path)
+
+
+def _file_safe(account_id: str) -> str:
+    """Return an id that can stand in a file's name; another program made it, maybe."""
+    good = _MADE_ID.fullmatch(account_id)
+    return account_id if good else hashed(account_id.encode("utf-8", "replace"))
+
+
+def read_foreign(path: str) -> tuple[list[Account], list[str]]:
+    """Return the accounts of B's or B3's database, and a line for each left out."""
+    address = f"file:{urllib.parse.quote(os.path.abspath(path))}?mode=ro"
+    try:
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as db:
+            db.row_factory = sqlite3.Row
+            rows = [dict(row) for row in db.execute("SELECT * FROM accounts")]
+            found = [account_of(row) for row in rows]
+    except (sqlite3.Error, OSError, KeyError, ValueError, TypeError) as error:
+        text = f"{path} holds no accounts that can be read: {error}"
+        raise AccountError(text) from error
+    accounts, left = [], []
+    for row, account in zip(rows, found):
+        if (row.get("provider") or "anthropic") != "anthropic":
+            left.append(f'"{account.name}": {row["provider"]} is not served here')
+        elif not (account.refresh_token or account.api_key or account.access_token):
+            left.append(f'"{account.name}": it holds no credential')
+        else:
+            accounts.append(account._replace(id=_file_safe(account.id)))
+    return accounts, left
+
+
+class _Backup:
+    """The accounts as a file of their own, for the day the database is lost."""
+
+    def __init__(self, path: str, log: Log) -> None:
+        self.path = path
+        self._log = log
+        self._fault = ""
+
+    def write(self, db: sqlite3.Connection) -> None:
+        """Write all accounts, under the database's write lock."""
+        rows = [
+            dict(zip(_ACCOUNT_COLUMNS, row)) for row in db.execute(_SELECT_ACCOUNTS)
+        ]
+        fresh = f"{self.path}.new"
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(fresh)
+            fd = _open_own(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            with open(fd, "w", encoding="utf-8") as file:
+                json.dump({"accounts": rows}, file, indent=1)
+                file.flush()
+                os.fsync(fd)
+            os.replace(fresh, self.path)
+        except OSError as error:
+            text = f"{self.path} cannot be written and is older than the accounts"
+            self._log.write("error", f"{text}: {error.strerror}")
+
+    def accounts(self) -> list[Account]:
+        """Return what it holds; [] where there is none."""
+        try:
+            with open(_open_own(self.path, os.O_RDONLY), encoding="utf-8") as file:
+                return [account_of(row) for row in json.load(file)["accounts"]]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            fault = getattr(error, "strerror", None) or "it is damaged"
+            if fault != self._fault:  # it is read at each poll while there is no row
+                self._log.write("error", f"{self.path} cannot be read: {fault}")
+            self._fault = fault
+            return []
+
+
+class _Locks:
+    """A lock file per account, against the refreshes of other processes."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        #: Kept after a refresh: others would use up a stored token again.
+        self.held: dict[str, int] = {}
+
+    def path_of(self, account_id: str) -> str:
+        """Return the place of an account's lock file."""
+        return f"{self._path}.{_file_safe(account_id)}.lock"
+
+    def take(self, account_id: str) -> int:
+        """Return the locked descriptor; raises OSError, or AccountError in the end."""
+        fd = self.held.pop(account_id, None)
+        if fd is not None:
+            return fd
+        fd = _open_own(self.path_of(account_id), os.O_RDWR | os.O_CREAT)
+        end, pause = time.monotonic() + RENEW_LOCK_S, threading.Event()
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    os.close(fd)
+                    text = "another process is renewing it and does not end"
+                    raise AccountError(text) from error
+                pause.wait(0.05)
+            else:
+                return fd
+
+    def let_go(self, account_id: str) -> None:
+        """Release a lock that was kept, if any."""
+        fd = self.held.pop(account_id, None)
+        if fd is not None:
+            os.close(fd)
+
+
+class _Unsaved(NamedTuple):
+    """New tokens that the database would not take yet."""
+
+    tokens: Tokens
+    #: The refresh token in whose place the new one comes.
+    used: Secret | None
+
+
+class AccountBook:
+    """The stored accounts.  From any thread; methods that change raise AccountError."""
+
+    def __init__(
+        self,
+        path: str,
+        settings: AccountSettings,
+        log: Log,
+        *,
+        clock: Callable[[], float] = time.time,  # noqa: TID251 - expiry is epoch
+    ) -> None:
+        self.path = path
+        self._backup = _Backup(f"{path}.accounts.json", log)
+        self._locks = _Locks(path)
+        #: Replaced when the configuration is read anew.
+        self.settings = settings
+        self._log = log
+        self.clock = clock
+        self._lock = threading.Lock()  # guards what follows
+        self._known: dict[str, Account] = {}
+        self._seen: list[tuple[object, ...]] = []
+        self._unsaved: dict[str, _Unsaved] = {}
+        self._changes = 0
+        self._trouble = ""
+
+    # what is there
+
+    def all(self) -> tuple[Account, ...]:
+        """Return all accounts, oldest first; makes no file."""
+        if not (os.path.lexists(self.path) or os.path.lexists(self._backup.path)):
+            return ()
+        try:
+            with contextlib.closing(open_database(self.path)) as db:
+                rows = self._rows(db)
+        except (sqlite3.Error, OSError) as error:
+            raise self._cannot("read", error) from error
+        if not rows and self._backup.accounts():
+            with self._change() as db:
+                rows = self._rows(db)
+        return rows
+
+    def _rows(self, db: sqlite3.Connection) -> tuple[Account, ...]:
+        found = db.execute(f"{_SELECT_ACCOUNTS} ORDER BY created_at, rowid")
+        rows = [account_of(dict(zip(_ACCOUNT_COLUMNS, row))) for row in found]
+        with self._lock:
+            return tuple(self._newest(account) for account in rows)
+
+    def _newest(self, account: Account) -> Account:
+        """Return an account with the tokens that are not stored yet, if any."""
+        new = self._unsaved.get(account.id)
+        return account if new is None else _with_tokens(account, new.tokens)
+
+    def find(self, name: str) -> Account:
+        """Return the account of that name."""
+        for account in self.all():
+            if account.name == name:
+                return account
+        raise AccountError(f'Account "{name}" not found')
+
+    def account(self, account_id: str) -> Account:
+        """Return an account as it is stored now."""
+        found = {account.id: account for account in self.all()}
+        if account_id not in found:
+            raise AccountError("the account was removed")
+        return found[account_id]
+
+    def token(self, account_id: str) -> Secret | None:
+        """Return the access token to use now, without looking into the database."""
+        account = self._known.get(account_id)
+        return account.access_token if account else None
+
+    def known(self) -> tuple[Account, ...]:
+        """Return the accounts as of the last `poll`, with tokens renewed since."""
+        with self._lock:
+            return tuple(self._known.values())
+
+    def poll(self) -> bool:
+        """Read all accounts; tell whether anything but tokens and counts changed."""
+        self.save_again()
+        changes = self._changes
+        try:
+            rows = {account.id: account for account in self.all()}
+        except AccountError as error:
+            self._say(str(error))
+            return False
+        self._say("")
+        with self._lock:
+            if changes != self._changes:
+                return False  # read while tokens were stored: the next poll tells
+            self._known = rows
+            before, self._seen = self._seen, _facts(rows.values())
+            return before != self._seen
+
+    def _say(self, trouble: str) -> None:
+        """Log a trouble when it comes and when it goes."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            level = "error" if trouble else "info"
+            self._log.write(level, trouble or "the accounts can be read again")
+
+    # changes
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """Lend the database for one change that is on the disk at the end.
+
+        The backup goes first: where the table is empty and the backup is not, the
+        table was lost.
+        """
+        try:
+            with contextlib.closing(open_database(self.path)) as db:
+                db.execute("PRAGMA synchronous=FULL")
+                db.execute("PRAGMA secure_delete=ON")
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    self.restore(db)
+                    yield db
+                    self._backup.write(db)
+                    db.execute("COMMIT")
+                finally:
+                    db.rollback()
+        except (sqlite3.Error, OSError) as error:
+            raise self._cannot("written", error) from error
+
+    def _cannot(self, verb: str, error: Exception) -> AccountError:
+        why = getattr(error, "strerror", None) or str(error)
+        return AccountError(f"the database {self.path} cannot be {verb}: {why}")
+
+    def restore(self, db: sqlite3.Connection) -> None:
+        """Put the accounts of the backup into a table that lost them."""
+        if db.execute("SELECT 1 FROM accounts").fetchone():
+            return
+        rows = [_account_row(account) for account in self._backup.accounts()]
+        if rows:
+            db.executemany(_INSERT_ACCOUNT, rows)
+            text = f"{len(rows)} accounts were restored from {self._backup.path}"
+            self._log.write("warn", text)
+
+    def check_writable(self) -> None:
+        """See that the database takes a change, before something is worth storing."""
+        with self._change():
+            pass
+
+    def add(self, account: Account) -> None:
+        """Store a new account; its name must be free."""
+        with self._change() as db:
+            self._claim(db, account.name)
+            db.execute(_INSERT_ACCOUNT, _account_row(account))
+
+    def _claim(self, db: sqlite3.Connection, name: str) -> None:
+        if name_fault(name):
+            raise AccountError(name_fault(name))
+        if db.execute("SELECT 1 FROM accounts WHERE name=?", (name,)).fetchone():
+            raise AccountError(f'Account with name "{name}" already exists')
+
+    def log_in_again(self, account_id: str, fresh: Account) -> None:
+        """Give an account the credentials and mode of a new login."""
+        texts = (_text_of(fresh.refresh_token) or "", _text_of(fresh.access_token))
+        with self._change() as db:
+            done = db.execute(
+                "UPDATE accounts SET mode=?, refresh_token=?, access_token=?,"
+                " expires_at=?, api_key=?, needs_login=NULL, refresh_begun_at=NULL"
+                " WHERE id=?",
+                (
+                    *(fresh.mode, *texts, _ms(fresh.expires_at or None)),
+                    *(_text_of(fresh.api_key), account_id),
+                ),
+            )
+            _one(done)
+        self._forget(account_id)
+
+    def remove(self, name: str) -> None:
+        """Delete an account, with its tokens."""
+        account = self.find(name)
+        with self._change() as db:
+            _one(db.execute("DELETE FROM accounts WHERE id=?", (account.id,)))
+        self._forget(account.id)
+        with contextlib.suppress(OSError):
+            os.unlink(self._locks.path_of(account.id))
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an account another name; it must be free."""
+        account = self.find(old)
+        with self._change() as db:
+            self._claim(db, new)
+            change = "UPDATE accounts SET name=? WHERE id=?"
+            _one(db.execute(change, (new, account.id)))
+
+    def set_paused(self, name: str, *, paused: bool) -> None:
+        """Keep an account from serving, or let it serve again."""
+        account = self.find(name)
+        with self._change() as db:
+            change = "UPDATE accounts SET paused=? WHERE id=?"
+            _one(db.execute(change, (int(paused), account.id)))
+
+    # refreshes
+
+    def begin_refresh(self, account_id: str) -> float | None:
+        """Note that a refresh begins: a database that is full says so now.
+
+        Returns when one began whose end is not known, or None.
+        """
+        self.save_again()
+        now = self.clock()
+        with self._change() as db:
+            select = "SELECT refresh_begun_at, refreshed_at FROM accounts WHERE id=?"
+            begun, done = db.execute(select, (account_id,)).fetchone() or (None, None)
+            for at in filter(None, (begun, done)):
+                if abs(now - at / 1000) < RENEW_FLOOR_S:
+                    raise AccountError(f"asked less than {RENEW_FLOOR_S:g} s ago")
+            change = "UPDATE accounts SET refresh_begun_at=? WHERE id=?"
+            _one(db.execute(change, (_ms(now), account_id)))
+        return _seconds(begun)
+
+    def store_tokens(self, account: Account, tokens: Tokens) -> Secret:
+        """Store what a refresh of `account` gave; return the token to use from now.
+
+        A database that takes nothing any more does not lose it: it is kept in memory,
+        with the account's lock, and stored by a later `poll`.
+        """
+        new = _Unsaved(tokens, account.refresh_token)
+        try:
+            stored = self._save(account.id, new)
+        except AccountError as error:
+            text = f"the new login of {account.name} is in memory only; it is tried"
+            self._log.write("error", f"{text} again: {error}")
+            with self._lock:
+                self._unsaved[account.id] = new
+            stored = True
+        return self.adopt(
+            _with_tokens(account, tokens) if stored else self.account(account.id)
+        )
+
+    def _save(self, account_id: str, new: _Unsaved) -> bool:
+        """Store new tokens, unless a login has put others in the place of the old."""
+        used = _text_of(new.used) or ""
+        fresh = _text_of(new.tokens.refresh) or used
+        times = (_ms(new.tokens.expires_at or None), _ms(self.clock()))
+        with self._change() as db:
+            done = db.execute(
+                "UPDATE accounts SET access_token=?, refresh_token=?, expires_at=?,"
+                " refreshed_at=?, refresh_begun_at=NULL, needs_login=NULL"
+                " WHERE id=? AND refresh_token=?",
+                (new.tokens.access.reveal(), fresh, *times, account_id, used),
+            )
+        return done.rowcount > 0
+
+    def save_again(self) -> bool:
+        """Store what could not be stored before; tell whether nothing is left."""
+        for account_id, new in list(self._unsaved.items()):
+            try:
+                self._save(account_id, new)
+            except AccountError:
+                return False
+            self._forget(account_id)
+            self._log.write("info", "a login that was in memory only is stored now")
+        return True
+
+    def adopt(self, account: Account) -> Secret:
+        """Use an account's stored token from now on; return it."""
+        with self._lock:
+            self._changes += 1
+            self._known[account.id] = account
+        return cast(Secret, account.access_token)
+
+    def _forget(self, account_id: str) -> None:
+        """Let go of tokens that are stored or of no use any more."""
+        with self._lock:
+            self._changes += 1
+            self._unsaved.pop(account_id, None)
+            self._locks.let_go(account_id)
+
+    def mark_needs_login(self, account: Account, why: str) -> None:
+        """Note that a login is over, unless there is a newer one.  No token goes."""
+        with self._change() as db:
+            db.execute(
+                "UPDATE accounts SET needs_login=?, refresh_begun_at=NULL"
+                " WHERE id=? AND refresh_token=?",
+                (why, account.id, _text_of(account.refresh_token) or ""),
+            )
+
+    @contextlib.contextmanager
+    def locked(self, account_id: str) -> Iterator[None]:
+        """Keep other processes from refreshing an account; raises AccountError."""
+        try:
+            fd = self._locks.take(account_id)
+        except OSError as error:
+            raise self._cannot("locked", error) from error
+        try:
+            yield
+        finally:
+            with self._lock:
+                if account_id in self._unsaved:
+                    self._locks.held[account_id] = fd
+                else:
+                    os.close(fd)
+
+
+def _with_tokens(account: Account, tokens: Tokens) -> Account:
+    return account._replace(
+        access_token=tokens.access,
+        refresh_token=tokens.refresh or account.refresh_token,
+        expires_at=tokens.expires_at,
+        needs_login="",
+    )
+
+
+def _one(done: sqlite3.Cursor) -> None:
+    if not done.rowcount:
+        raise AccountError("the account was removed")
+
+
+def _facts(accounts: Iterable[Account]) -> list[tuple[object, ...]]:
+    """Return of accounts what their endpoints are made of."""
+    return [
+        (a.id, a.name, a.plan, a.models, a.paused, a.needs_login, a.weight, a.api_key)
+        for a in accounts
+    ]
+
+
+_Then = Callable[["Secret | None", str], None]
+
+
+class Renewer:
+    """Renews access tokens: one refresh per account at a time.  From any thread."""
+
+    def __init__(
+        self, book: AccountBook, log: Log, work: Callable[[Callable[[], None]], None]
+    ) -> None:
+        self._book = book
+        self._log = log
+        self._work = work
+        self._lock = threading.Lock()  # guards what follows
+        self._flights: dict[str, list[tuple[Secret | None, _Then]]] = {}
+        self._failures: dict[str, int] = {}
+        self._not_before: dict[str, float] = {}
+
+    def token(self, account_id: str) -> Secret | None:
+        """Return the access token to use now, if there is one."""
+        return self._book.token(account_id)
+
+    def due(self, epoch: float) -> tuple[Account, ...]:
+        """Return the accounts to renew now: they expire within RENEW_EARLY_S."""
+        now = time.monotonic()
+        with self._lock:
+            busy = {i for i, at in self._not_before.items() if now < at}
+            busy.update(self._flights)
+        due = (a for a in self._book.known() if not a.paused and is_due(a, epoch))
+        return tuple(a for a in due if a.id not in busy)
+
+    def renew(self, account_id: str, stale: Secret | None, then: _Then) -> None:
+        """Have `then` called with another token than `stale`, or None and why.
+
+        `then` is called by `work`; many callers share one refresh.
+        """
+        with self._lock:
+            waiting = self._flights.setdefault(account_id, [])
+            waiting.append((stale, then))
+            if len(waiting) > 1:
+                return
+        try:
+            self._work(partial(self._fly, account_id, stale))
+        except RuntimeError as error:
+            self._land(account_id, None, str(error))
+
+    def _fly(self, account_id: str, stale: Secret | None) -> None:
+        token, why = None, "a fault of the proxy; its log tells more"
+        try:
+            token, why = self._renewed(account_id, stale), ""
+        except AccountError as error:
+            why = str(error)
+        except Exception:  # noqa: BLE001 - whoever waits is told
+            self._log.fault("renewing a login: a fault of the proxy")
+        self._land(account_id, token, why)
+
+    def _land(self, account_id: str, token: Secret | None, why: str) -> None:
+        with self._lock:
+            waiting = self._flights.pop(account_id)
+        for stale, then in waiting:
+            fresh = None if token == stale else token
+            try:
+                then(fresh, why if fresh or why else "the newest token was refused")
+            except Exception:  # noqa: BLE001 - the others wait as well
+                self._log.fault("renewing a login: a fault of the proxy")
+
+    def _renewed(self, account_id: str, stale: Secret | None) -> Secret:
+        account = self._book.account(account_id)
+        if self._is_newer(account, stale):
+            return self._book.adopt(account)
+        self._check_pause(account_id)
+        with self._book.locked(account_id):
+            account = self._book.account(account_id)
+            if self._is_newer(account, stale):
+                return self._book.adopt(account)
+            if account.needs_login or account.refresh_token is None:
+                raise AccountError(_hint(account) or "it has no refresh token")
+            return self._ask(account, account.refresh_token)
+
+    def _is_newer(self, account: Account, stale: Secret | None) -> bool:
+        """Tell whether somebody else has renewed the token meanwhile."""
+        if account.access_token in (None, stale):
+            return False
+        return not account.expires_at or account.expires_at > self._book.clock()
+
+    def _check_pause(self, account_id: str) -> None:
+        with self._lock:
+            left = self._not_before.get(account_id, 0.0) - time.monotonic()
+        if left > 0:
+            text = "the last refresh failed, or was a moment ago"
+            raise AccountError(f"{text}: the next one may begin in {left:.0f} s")
+
+    def _ask(self, account: Account, refresh_token: Secret) -> Secret:
+        """Ask the provider, under the account's lock; return the stored token."""
+        unfinished = self._book.begin_refresh(account.id)
+        self._pause(account.id, failed=False)
+        settings, epoch = self._book.settings, self._book.clock()
+        fields = {
+            "grant_type": "refresh_token",
+            "refresh_token": refresh_token.reveal(),
+            "client_id": settings.client_id,
+        }
+        try:
+            tokens = read_token_reply(ask_provider(settings.token_url, fields), epoch)
+        except ProviderError as error:
+            self._pause(account.id, failed=True)
+            self._log.write("warn", f"{account.name} was not renewed: {error}")
+            if error.lost:
+                return self._give_up(account, unfinished)
+            raise
+        with self._lock:
+            self._failures.pop(account.id, None)
+        self._log.write("info", f"{account.name} was renewed")
+        return self._book.store_tokens(account, tokens)
+
+    def _pause(self, account_id: str, *, failed: bool) -> None:
+        """Keep from asking again for a while: longer after each failure."""
+        with self._lock:
+            count = self._failures.get(account_id, 0)
+            wait = RENEW_FLOOR_S
+            if failed:
+                self._failures[account_id] = count + 1
+                wait = min(RENEW_PAUSE_S * 2.0 ** min(count, 10), RENEW_PAUSE_MOST_S)
+            self._not_before[account_id] = time.monotonic() + wait
+
+    def _give_up(self, account: Account, unfinished: float | None) -> Secret:
+        """Use a newer login if there is one; else note that this one is over."""
+        now = self._book.account(account.id)
+        if now.refresh_token != account.refresh_token and now.access_token:
+            return self._book.adopt(now)
+        why = "the provider ended the login (invalid_grant)"
+        if unfinished is not None:
+            why += (
+                f"; a refresh that began at {stamp(unfinished)} never came to its end,"
+                " so its new tokens may have been lost"
+            )
+        self._book.mark_needs_login(account, why)
+        raise AccountError(f"{why}. {account.name} needs login")
+
+
+class _CallbackServer(socketserver.ThreadingTCPServer):
+    """Takes one login's answer on 127.0.0.1."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _CallbackHandler)
+        self.state = Secret("")
+        self.answers: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self.chances: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.chances.put(None)  # one: a login has one answer
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a traceback would go to the user's terminal."""
+
+
+class _CallbackHandler(http.server.BaseHTTPRequestHandler):
+    """Answers the browser that comes back from the login page."""
+
+    server: _CallbackServer
+    timeout = 5
+
+    def version_string(self) -> str:
+        """Return the Server field's value."""
+        return PROXY_NAME
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing: the path holds the code."""
+
+    def do_GET(self) -> None:
+        """Take the code, where the state is this login's."""
+        port = self.server.server_address[1]
+        parts = urllib.parse.urlsplit(self.path)
+        query = urllib.parse.parse_qs(parts.query)
+        code, state, error = (query.get(n, [""])[0] for n in ("code", "state", "error"))
+        hosts = {f"localhost:{port}", f"127.0.0.1:{port}"}
+        if self.headers.get("Host", "").lower() not in hosts:
+            self._page(421, "This address is not served here.")
+        elif parts.path != "/callback":
+            self._page(404, "There is nothing here.")
+        elif not is_same(state, self.server.state) or not (code or error):
+            self._page(400, "This is not the answer to the login that is under way.")
+        else:
+            self._take(code if is_sendable(code) else "", _shown_code(error))
+
+    def _take(self, code: str, error: str) -> None:
+        try:
+            self.server.chances.get_nowait()
+        except queue.Empty:
+            self._page(400, "This login was answered before.")
+        else:
+            self._page(200, "The terminal tells how the login went. Close this page.")
+            self.server.answers.put((code, error))
+
+    def _page(self, status: int, text: str) -> None:
+        data = f"{text}\n".encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class LocalCallback:
+    """The address on this machine that a login page sends its code to, once."""
+
+    def __init__(self) -> None:
+        self._server = _CallbackServer()
+        self.redirect_url = (
+            f"http://localhost:{self._server.server_address[1]}/callback"
+        )
+
+    def wait(self, state: Secret) -> str:
+        """Return the code that comes with `state`; raises AccountError."""
+        server, end = self._server, time.monotonic() + LOGIN_S
+        server.state, server.timeout = state, 0.25
+        try:
+            while time.monotonic() < end and server.answers.empty():
+                server.handle_request()
+            code, error = server.answers.get_nowait()
+        except queue.Empty:
+            minutes = LOGIN_S / 60
+            raise AccountError(f"no answer came within {minutes:g} minutes") from None
+        finally:
+            server.server_close()
+        if not code:
+            raise AccountError(f"the login was refused ({error or 'no code came'})")
+        return code
+
+
+# ============================================================================
+# 17. POOL
 # ============================================================================
 #
 # Rule: one lock; under it only arithmetic and pure functions.  Check-and-take is
@@ -5516,7 +8069,7 @@ class Pool:
 
 
 # ============================================================================
-# 16. CONNECTIONS
+# 18. CONNECTIONS
 # ============================================================================
 #
 # Rule: every socket is non-blocking.  A thread that must wait does so here, and
@@ -5754,7 +8307,7 @@ class ClientConnection:
 
 
 # ============================================================================
-# 17. RELAY
+# 19. RELAY
 # ============================================================================
 #
 # One thread, one selector: whatever only waits for bytes waits here and holds no
@@ -6043,7 +8596,7 @@ class Relay:
 
 
 # ============================================================================
-# 18. UPSTREAM
+# 20. UPSTREAM
 # ============================================================================
 #
 # http.client owns the connection and its socket.  Its tunnel, send and response path
@@ -6543,7 +9096,7 @@ class Upstreams:
 
 
 # ============================================================================
-# 19. ATTEMPT
+# 21. ATTEMPT
 # ============================================================================
 #
 # One request on a connection, from its first byte to its answer's head.  It runs
@@ -6798,7 +9351,7 @@ class Attempt:
 
 
 # ============================================================================
-# 20. STREAM
+# 22. STREAM
 # ============================================================================
 #
 # One committed answer between an upstream and its client.
@@ -7108,7 +9661,7 @@ class Stream:
 
 
 # ============================================================================
-# 21. SHARING
+# 23. SHARING
 # ============================================================================
 #
 # Identical requests at the same time get one answer (balancing.dedupe): the first,
@@ -7298,7 +9851,7 @@ class Follower:
 
 
 # ============================================================================
-# 22. COMMIT
+# 24. COMMIT
 # ============================================================================
 #
 # The answered half of an exchange: from the first byte to the client on.
@@ -7307,12 +9860,12 @@ class Follower:
 class Logins(Protocol):
     """Lends the tokens of stored accounts."""
 
-    def token(self, account: str) -> Secret | None:
+    def token(self, account_id: str) -> Secret | None:
         """Return the account's token; None: it has none now."""
 
     def renew(
         self,
-        account: str,
+        account_id: str,
         stale: Secret | None,
         then: Callable[[Secret | None, str], None],
     ) -> None:
@@ -7320,6 +9873,16 @@ class Logins(Protocol):
 
         However many ask, the provider is asked once.  From any thread, to any.
         """
+
+
+class Keeper(Protocol):
+    """Takes note of exchanges, in the relay's thread: quickly, and never fails."""
+
+    def begins(self, request: ClientRequest, model: str | None) -> None:
+        """Take note that an exchange has begun."""
+
+    def ends(self, record: ExchangeRecord) -> None:
+        """Take an exchange that is over."""
 
 
 class Services(NamedTuple):
@@ -7344,8 +9907,8 @@ class Services(NamedTuple):
     repeats: Repeats
     #: Answers that others may still share, by share_key.
     shares: dict[bytes, Share]
-    #: Takes the record of each exchange; None: nobody wants it.
-    keep: Callable[[ExchangeRecord], None] | None = None
+    #: None: nobody wants to know.
+    keeper: Keeper | None = None
     #: None: no endpoint is an account's.
     logins: Logins | None = None
 
@@ -7500,9 +10063,11 @@ class Commit:
     def _ending(self, outcome: Outcome, reason: str, sent: int) -> Ending:
         ending = Ending(self._answer.status, outcome, reason, sent)
         watch = self._watch
-        if watch is None or self._services.keep is None:
+        if watch is None or self._services.keeper is None:
             return ending
         stream = isinstance(watch, SseWatch)
+        if not (stream or outcome is Outcome.OK):
+            return ending  # content that is cut may look like the usage
         return ending._replace(stream=stream, model=watch.model(), usage=watch.usage())
 
     def _stream_ended(self, stream: Stream) -> None:
@@ -7553,7 +10118,7 @@ class Commit:
 
 
 # ============================================================================
-# 23. COURSE
+# 25. COURSE
 # ============================================================================
 #
 # What one request asks for, what is sent for it, and how far it has come.  Rule: a
@@ -8000,7 +10565,7 @@ class Following(Sharer):
 
 
 # ============================================================================
-# 24. EXCHANGE
+# 26. EXCHANGE
 # ============================================================================
 #
 # One client request with its attempts and its answer: reserve, attempt, judge,
@@ -8097,6 +10662,16 @@ class _Ledger:
             return
         if not self._client.may_read_ahead():
             self._services.relay.watch(self._client, 0, self.on_client)
+
+    @_guarded
+    def start(self) -> None:
+        """Serve the request; the relay goes on with the client when it is over."""
+        self._services.pool.enter()
+        balancing = self._services.config.balancing
+        if balancing.dedupe and self._lane is Lane.MESSAGES:
+            self._share_or_begin()
+        else:
+            self._begin()
 
     def _begin(self) -> None:
         """Begin the first attempt."""
@@ -8199,12 +10774,13 @@ class _Ledger:
         self._commit = None  # it knows us: the cycle would wait for gc, 6 us a request
         services = self._services
         services.pool.release()
-        if services.keep is None and not services.log.shows(level_of(ending.outcome)):
+        keeper = services.keeper
+        if keeper is None and not services.log.shows(level_of(ending.outcome)):
             return
         record = self._record(ending)
         services.log.exchange(record)
-        if services.keep is not None:
-            services.keep(record)
+        if keeper is not None:
+            keeper.ends(record)
 
     def _record(self, ending: Ending) -> ExchangeRecord:
         request, course = self._request, self._course
@@ -8237,22 +10813,14 @@ class _Ledger:
 class Exchange(_Ledger):
     """One client request, in the relay's thread but for `_connect`."""
 
-    @_guarded
-    def start(self) -> None:
-        """Serve the request; the relay goes on with the client when it is over."""
-        self._services.pool.enter()
-        balancing = self._services.config.balancing
-        if balancing.dedupe and self._lane is Lane.MESSAGES:
-            self._share_or_begin()
-        else:
-            self._begin()
-
     def _begin(self) -> None:
         """Begin the first attempt."""
         request, services = self._request, self._services
         self._ask = make_ask(request, self._contents, services)
-        if services.keep is not None and self._lane is not Lane.FIXED:
-            self._asked = self._ask.model or asked_model(request.body)
+        if services.keeper is not None:
+            if self._lane is not Lane.FIXED:
+                self._asked = self._ask.model or asked_model(request.body)
+            services.keeper.begins(request, self._asked)
         if services.log.shows(services.log.detail):
             self._tell(f"{request.id} begins", path=request.head.path)
         lease = services.pool.reserve(self._ask)
@@ -8538,7 +11106,7 @@ class Exchange(_Ledger):
 
 
 # ============================================================================
-# 25. RECEPTION
+# 27. RECEPTION
 # ============================================================================
 #
 # From a client's bytes to an exchange, in the relay's thread; and what we answer
@@ -8897,7 +11465,7 @@ class Reception:
 
 
 # ============================================================================
-# 26. REPORTS (pure)
+# 28. REPORTS (pure)
 # ============================================================================
 #
 # Snapshots as the JSON documents of /health, /status and /providers.  Their shapes
@@ -9102,8 +11670,439 @@ def providers_document(
     }
 
 
+# -- history and money -------------------------------------------------------
+
+NO_ACCOUNT = "no_account"  # scripts of another balancer look for this name
+LISTED = 10  # models, accounts, errors of /api/stats
+CHARTED = 20  # endpoints or models with a series of their own
+# The middle of a class of first-byte times lies so far above its lower bound.
+_CLASS_MIDDLE = 2**0.125
+
+
+def percentile_ms(classes: Classes, share: float) -> float | None:
+    """Return the first-byte time that `share` of the requests stay below.
+
+    It is the middle of a class: at most 9.1 % off.  None: there are no requests.
+    """
+    wanted = share * sum(requests for _, requests in classes)
+    seen = 0
+    for ms, requests in classes:
+        seen += requests
+        if seen >= wanted:
+            return round(ms * _CLASS_MIDDLE, 1) if ms else 0.5
+    return None
+
+
+def added_up(tallies: Iterable[Tally]) -> Sums:
+    """Return what the tallies come to together."""
+    columns = list(zip(*(tally.sums for tally in tallies)))
+    return Sums(*map(sum, columns)) if columns else Sums()
+
+
+def _grouped(
+    tallies: Iterable[Tally], key: Callable[[Tally], str]
+) -> dict[str, list[Tally]]:
+    """Return tallies by `key`, those with the most requests first."""
+    groups: dict[str, list[Tally]] = {}
+    for tally in tallies:
+        groups.setdefault(key(tally), []).append(tally)
+    return dict(sorted(groups.items(), key=lambda g: -added_up(g[1]).requests))
+
+
+def _by_endpoint(tallies: Iterable[Tally]) -> dict[str, list[Tally]]:
+    return _grouped(tallies, lambda tally: tally.endpoint)
+
+
+def _of_models(tallies: Iterable[Tally]) -> dict[str, list[Tally]]:
+    """Return tallies by model; those of requests without one are left out."""
+    return _grouped((t for t in tallies if t.model), lambda tally: tally.model)
+
+
+def _percent(part: float, whole: float) -> int:
+    return round(100 * part / whole) if whole else 0
+
+
+def _prompt_tokens(sums: Sums) -> int:
+    written = sums.cache_write_5m_tokens + sums.cache_write_1h_tokens
+    return sums.input_tokens + sums.cache_read_tokens + written
+
+
+def _cost(sums: Sums) -> float | None:
+    """Return the sum of the known costs; None where there is none but unknown ones."""
+    if sums.unpriced and not sums.priced:
+        return None
+    return round(sums.cost_usd, 9)
+
+
+def _tokens_per_second(sums: Sums) -> float | None:
+    if not sums.token_ms:
+        return None
+    return round(sums.output_tokens * 1000 / sums.token_ms, 1)
+
+
+def _figures(sums: Sums) -> dict[str, object]:
+    """Return rates in percent, times in ms, cost in USD of some requests.
+
+    The cache-hit rate is the share of prompt tokens that were read from a cache.
+    """
+    n, errors = sums.requests, sums.requests - sums.succeeded - sums.cancelled
+    prompt = _prompt_tokens(sums)
+    rate = round(100 * sums.cache_read_tokens / prompt, 1) if prompt else None
+    return {
+        "requests": n,
+        "errors": errors,
+        "cancelled": sums.cancelled,
+        "streams": sums.streams,
+        "failovers": sums.failovers,
+        "successRate": _percent(sums.succeeded, n),
+        "errorRate": _percent(errors, n),
+        "tokens": prompt + sums.output_tokens,
+        "costUsd": _cost(sums),
+        "unpriced": sums.unpriced,
+        "cacheHitRate": rate,
+        "avgResponseTime": round(sums.response_ms / n) if n else 0,
+        "avgTokensPerSecond": _tokens_per_second(sums),
+    }
+
+
+def _first_byte_figures(classes: Classes) -> dict[str, object]:
+    return {
+        "firstByteP50Ms": percentile_ms(classes, 0.50),
+        "firstByteP95Ms": percentile_ms(classes, 0.95),
+    }
+
+
+def _totals_document(tallies: Sequence[Tally]) -> dict[str, object]:
+    """Return the sums under the names that another balancer gave them."""
+    figures = _figures(added_up(tallies))
+    served = {
+        tally.endpoint for tally in tallies if tally.endpoint and tally.sums.succeeded
+    }
+    return {
+        **figures,
+        "activeAccounts": len(served),
+        "totalTokens": figures["tokens"],
+        "totalCostUsd": figures["costUsd"],
+    }
+
+
+def _tokens_document(sums: Sums) -> dict[str, int]:
+    return {
+        "inputTokens": sums.input_tokens,
+        "cacheReadInputTokens": sums.cache_read_tokens,
+        "cacheCreationInputTokens": sums.cache_write_5m_tokens
+        + sums.cache_write_1h_tokens,
+        "cacheCreation5mInputTokens": sums.cache_write_5m_tokens,
+        "cacheCreation1hInputTokens": sums.cache_write_1h_tokens,
+        "outputTokens": sums.output_tokens,
+    }
+
+
+def _told_failure(failure: Failure) -> str:
+    """Return a failed request's attempts in one line."""
+    said: object = None
+    with contextlib.suppress(ValueError):
+        said = json.loads(failure.text)
+    listed = said if isinstance(said, list) else []
+    parts = [
+        f"{a.get('account') or NO_ACCOUNT}: {a.get('error')}"
+        for a in listed
+        if isinstance(a, dict)
+    ]
+    told = "; ".join(parts) or failure.text or f"HTTP {failure.status}"
+    return f"{stamp(failure.at_ms / 1000)} {told}"[:300]
+
+
+def stats_document(data: Statistics) -> dict[str, object]:
+    """Return the document of /api/stats: all the time that is kept."""
+    totals = _totals_document(data.tallies)
+    models = {name: added_up(of) for name, of in _of_models(data.tallies).items()}
+    known = sum(sums.requests for sums in models.values())
+    accounts = []
+    for name, tallies in list(_by_endpoint(data.tallies).items())[:LISTED]:
+        figures = _figures(added_up(tallies))
+        count = figures["requests"]
+        named = {"name": name or NO_ACCOUNT, "requestCount": count}
+        accounts.append({**named, "totalRequests": count, **figures})
+    return {
+        "totalRequests": totals["requests"],
+        **totals,
+        "accountsKnown": data.accounts,
+        "topModels": [
+            {"model": name, "count": n, "percentage": _percent(n, known)}
+            for name, sums in list(models.items())[:LISTED]
+            for n in (sums.requests,)
+        ],
+        "tokenBreakdown": _tokens_document(added_up(data.tallies)),
+        "accounts": accounts,
+        "recentErrors": [_told_failure(f) for f in data.failures],
+        "timestamp": stamp(data.epoch),
+    }
+
+
+def _series(tallies: Iterable[Tally]) -> list[dict[str, object]]:
+    """Return the figures of each bucket that has some, in time's order."""
+    buckets: dict[int, list[Tally]] = {}
+    for tally in tallies:
+        buckets.setdefault(tally.at, []).append(tally)
+    return [
+        {"ts": at * 1000, **_figures(added_up(of))}
+        for at, of in sorted(buckets.items())
+    ]
+
+
+def _time_series(data: Analytics) -> list[dict[str, object]]:
+    """Return the figures of every bucket of the range."""
+    bucket_s, _, buckets = RANGES[data.range]
+    empty = _figures(Sums())
+    there = {entry["ts"]: entry for entry in _series(data.tallies)}
+    series = []
+    for at in range(data.since, data.since + buckets * bucket_s, bucket_s):
+        ts = at * 1000
+        first = _first_byte_figures(data.classes_by_time.get(at, ()))
+        series.append({**there.get(ts, {"ts": ts, **empty}), **first})
+    return series
+
+
+def _meta_document(data: Analytics) -> dict[str, object]:
+    return {
+        "range": data.range,
+        "bucket": RANGES[data.range][1],
+        "cumulative": False,
+        "since": stamp(data.since),
+        "timestamp": stamp(data.epoch),
+    }
+
+
+def _named_figures(
+    key: str, groups: Mapping[str, list[Tally]], classes: Mapping[str, Classes]
+) -> list[dict[str, object]]:
+    """Return the figures of each group, with its name as the member `key`."""
+    return [
+        {
+            key: name or NO_ACCOUNT,
+            **_figures(added_up(tallies)),
+            **_first_byte_figures(classes.get(name, ())),
+        }
+        for name, tallies in groups.items()
+    ]
+
+
+def analytics_document(data: Analytics) -> dict[str, object]:
+    """Return the document of /api/analytics."""
+    endpoints, models = _by_endpoint(data.tallies), _of_models(data.tallies)
+    whole = added_up(data.tallies)
+    of_endpoints = _named_figures("name", endpoints, data.classes_by_endpoint)
+    of_models = _named_figures("model", models, data.classes_by_model)
+    charted = list(endpoints.items())[:CHARTED], list(models.items())[:CHARTED]
+    every = [entry for at in data.classes_by_time.values() for entry in at]
+    return {
+        "meta": _meta_document(data),
+        "totals": {
+            **_totals_document(data.tallies),
+            **_first_byte_figures(sorted(every)),
+        },
+        "timeSeries": _time_series(data),
+        "tokenBreakdown": _tokens_document(whole),
+        "modelDistribution": [
+            {"model": m["model"], "count": m["requests"]} for m in of_models
+        ],
+        "accountPerformance": of_endpoints,
+        "costByModel": [
+            {k: m[k] for k in ("model", "costUsd", "unpriced", "requests", "tokens")}
+            for m in of_models
+        ],
+        "modelPerformance": of_models,
+        "byEndpoint": {name or NO_ACCOUNT: _series(of) for name, of in charted[0]},
+        "byModel": {name: _series(of) for name, of in charted[1]},
+    }
+
+
+def _cell_text(value: object) -> str:
+    """Return a value as a table shows it: nothing known is a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.2f}" if value >= 1 or not value else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _aligned(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return a table: the first column to the left, figures to the right."""
+    told = [list(titles), *([_cell_text(v) for v in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*told)]
+    lines = []
+    for first, *rest in told:
+        cells = [first.ljust(widths[0])]
+        cells += [text.rjust(width) for text, width in zip(rest, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+# Title of a column -> member of a document.
+_OVERVIEW = {
+    "requests": "requests",
+    "success %": "successRate",
+    "errors": "errors",
+    "active accounts": "activeAccounts",
+    "average ms": "avgResponseTime",
+    "tokens": "totalTokens",
+    "tokens/s": "avgTokensPerSecond",
+    "cache hits %": "cacheHitRate",
+    "cost USD": "totalCostUsd",
+    "without a known price": "unpriced",
+}
+_COLUMNS_TOLD = {
+    "requests": "requests",
+    "success %": "successRate",
+    "tokens": "tokens",
+    "cost USD": "costUsd",
+    "no price": "unpriced",
+    "cache %": "cacheHitRate",
+    "avg ms": "avgResponseTime",
+    "p50 ms": "firstByteP50Ms",
+    "p95 ms": "firstByteP95Ms",
+}
+
+
+def _figures_table(
+    title: str, key: str, entries: Iterable[Mapping[str, Any]]
+) -> list[str]:
+    """Return a table of figures, a line for each entry, named by its `key`."""
+    listed = list(entries)
+    if not listed:
+        return []
+    told = {name: k for name, k in _COLUMNS_TOLD.items() if k in listed[0]}
+    rows = [[entry[key], *(entry[k] for k in told.values())] for entry in listed]
+    return _aligned((title, *told), rows)
+
+
+def _overview(totals: Mapping[str, Any]) -> list[str]:
+    rows = [(title, totals.get(key)) for title, key in _OVERVIEW.items()]
+    return _aligned(("total", ""), rows)
+
+
+def stats_lines(document: Mapping[str, Any]) -> list[str]:
+    """Return the document of /api/stats as text."""
+    lines = [*_overview(document), ""]
+    lines += _figures_table("account", "name", document["accounts"])
+    models = [(m["model"], m["count"], m["percentage"]) for m in document["topModels"]]
+    if models:
+        lines += ["", *_aligned(("model", "requests", "%"), models)]
+    if document["recentErrors"]:
+        lines += ["", "recent errors", *document["recentErrors"]]
+    return lines
+
+
+def analytics_lines(document: Mapping[str, Any]) -> list[str]:
+    """Return the document of /api/analytics as text; empty buckets are left out."""
+    times = [
+        {**entry, "time": stamp(entry["ts"] / 1000)[:16] + "Z"}
+        for entry in document["timeSeries"]
+        if entry["requests"]
+    ]
+    tables = (
+        _figures_table("since", "time", times),
+        _figures_table("account", "name", document["accountPerformance"]),
+        _figures_table("model", "model", document["modelPerformance"]),
+    )
+    meta = document["meta"]
+    lines = [f"range {meta['range']}, by {meta['bucket']}, UTC", ""]
+    lines += _overview(document["totals"])
+    for table in tables:
+        lines += ["", *table] if table else []
+    return lines
+
+
+def analyze_lines(document: Mapping[str, Any]) -> list[str]:
+    """Return the document of `analyze` as text."""
+    oldest, newest = document["oldestMs"], document["newestMs"]
+    facts = [
+        ("file", document["file"] or "in memory"),
+        ("SQLite", document["sqlite"]),
+        ("schema", document["schema"]),
+        ("journal", document["journal"]),
+        ("MiB", document["bytes"] / 1048576),
+        ("pages", document["pages"]),
+        ("free pages", document["freePages"]),
+        ("oldest", None if oldest is None else stamp(oldest / 1000)),
+        ("newest", None if newest is None else stamp(newest / 1000)),
+    ]
+    lines = _aligned(("database", ""), facts)
+    lines += ["", *_aligned(("table", "rows"), document["rows"].items())]
+    for name, steps in document["plans"].items():
+        lines += ["", name, *(f"  {step}" for step in steps)]
+    return lines
+
+
+# -- accounts ----------------------------------------------------------------
+
+
+def accounts_document(
+    accounts: Sequence[Account], snapshot: PoolSnapshot, *, epoch: float
+) -> list[dict[str, object]]:
+    """Return the stored accounts, the most used first, under their former names.
+
+    Times are epoch ms, or ISO where the name says so.
+    """
+    states = {s.endpoint.account: s for s in snapshot.endpoints if s.endpoint.account}
+    ranked = sorted(accounts, key=lambda a: -a.request_count)
+    return [_account_document(a, states.get(a.id), epoch) for a in ranked]
+
+
+def _account_document(
+    account: Account, state: EndpointSnapshot | None, epoch: float
+) -> dict[str, object]:
+    valid = bool(account.access_token) and account.expires_at > epoch
+    good = bool(account.api_key) or valid
+    used, expires = account.last_used, account.expires_at
+    return {
+        "id": account.id,
+        "name": account.name,
+        "mode": account.mode,
+        "plan_type": account.plan,
+        "supported_models": ",".join(account.models),
+        "weight": account.weight,
+        "request_count": account.request_count,
+        "last_used": None if used is None else int(used * 1000),
+        "created": stamp(account.created_at),
+        "paused": account.paused,
+        "needs_login": account.needs_login or None,
+        "token_valid": int(good),
+        "tokenStatus": "valid" if good else "expired",
+        "tokenExpiresAt": stamp(expires) if expires and not account.api_key else None,
+        **_window_document(account, state, epoch),
+        "state": state.state if state else "not served",
+        "why": state.why if state else None,
+        "limits": dict(state.limits) if state else {},
+    }
+
+
+def _window_document(
+    account: Account, state: EndpointSnapshot | None, epoch: float
+) -> dict[str, object]:
+    """Return an account's five-hour window: as answers state it, else as counted."""
+    begun, ends = account.window_start, None
+    if begun is not None:
+        ends = begun + WINDOW_S
+    if state is not None and math.isfinite(state.window_s):
+        ends = epoch + state.window_s
+        begun = ends - WINDOW_S
+    left_s = None if ends is None else max(0.0, ends - epoch)
+    started = account.window_start
+    return {
+        "usage_window_start": None if started is None else int(started * 1000),
+        "usage_window_requests": account.window_requests,
+        "windowActive": bool(left_s),
+        "windowStarted": None if begun is None else stamp(begun),
+        "windowEnds": None if ends is None else stamp(ends),
+        "requestsInWindow": account.window_requests if left_s else 0,
+        "timeUntilReset": None if left_s is None else int(left_s * 1000),
+    }
+
+
 # ============================================================================
-# 27. RELOAD
+# 29. RELOAD
 # ============================================================================
 #
 # Rule: a file is read and checked whole before anything of it counts; one at fault
@@ -9119,11 +12118,13 @@ class Reloader:
         read: Callable[[], Config],
         take: Callable[[Config], None],
         path: str,
+        book: AccountBook | None = None,
     ) -> None:
         self._log = log
         self._read = read
         self._take = take
         self._path = path
+        self._book = book
         self._asked: queue.SimpleQueue[queue.SimpleQueue[tuple[str, ...]] | None]
         self._asked = queue.SimpleQueue()
         self._stopped = False
@@ -9168,6 +12169,8 @@ class Reloader:
             except queue.Empty:
                 if self._has_changed():
                     self._load("the file has changed")
+                elif self._book is not None and self._book.poll():
+                    self._load("the accounts have changed")
                 continue
             if answer is None:
                 return
@@ -9199,7 +12202,7 @@ class Reloader:
 
 
 # ============================================================================
-# 28. SERVER
+# 30. SERVER
 # ============================================================================
 #
 # http.server gives the socket, the names and the frame of a handler; the reading of
@@ -9207,6 +12210,154 @@ class Reloader:
 # fields and reads without a limit of time.
 
 _LOCAL_METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+def query_of(target: str) -> dict[str, str]:
+    """Return the last value of each name in a target's query."""
+    query = target.partition("?")[2]
+    try:
+        return dict(urllib.parse.parse_qsl(query, max_num_fields=16))
+    except ValueError:
+        raise RefusedError(400, "the query has too many parts", close=False) from None
+
+
+class Chronicle:
+    """Tells the store, and who listens, of every exchange; see Keeper."""
+
+    def __init__(self, relay: Relay, store: Store | None) -> None:
+        self._relay = relay
+        self._store = store
+        self._listeners: list[Follower] = []
+        self._said_at = relay.now
+
+    def begins(self, request: ClientRequest, model: str | None) -> None:
+        """See Keeper."""
+        if self._listeners:
+            head, at = request.head, _now_text()
+            facts = {"method": head.method, "path": head.path, "model": model}
+            self._say("start", {"id": request.id, "timestamp": at, **facts})
+
+    def ends(self, record: ExchangeRecord) -> None:
+        """See Keeper."""
+        if self._store is not None:
+            self._store.record(record)
+        if self._listeners:
+            self._say("end", request_document(record))
+
+    def join(self, client: ClientConnection, start: bytes) -> None:
+        """Tell one more, in the relay's thread; `start` is the answer's head."""
+        if len(self._listeners) >= LISTENERS:
+            text = f"at most {LISTENERS} may listen at a time"
+            client.close_after(error_answer(RefusedError(503, text), request_id="-"))
+            return
+        listener = Follower(self._relay, client, lambda *_: self._relay.close(client))
+        self._listeners.append(listener)
+        listener.send(start + chunk(b"event: connected\ndata: {}\n\n"))
+
+    def _say(self, name: str, facts: Mapping[str, object]) -> None:
+        data = json.dumps({"type": name, **facts}).encode()
+        self._send(chunk(b"event: %b\ndata: %b\n\n" % (name.encode(), data)))
+
+    def _send(self, data: bytes) -> None:
+        self._listeners = [x for x in self._listeners if x.is_there()]
+        for listener in self._listeners:
+            listener.send(data)
+
+    def ping(self) -> None:
+        """Keep quiet connections open; about once a second."""
+        if self._listeners and self._relay.now - self._said_at >= PING_S:
+            self._said_at = self._relay.now
+            self._send(chunk(b": ping\n\n"))
+
+    def close(self) -> None:
+        """Tell nobody any longer."""
+        for listener in self._listeners:
+            listener.send(LAST_CHUNK)
+            listener.finish(Outcome.OK, "the proxy stops")
+        self._listeners = []
+
+
+class Views:
+    """What people look at: each takes a query, returns a status and a document."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def status(self, _: Mapping[str, str]) -> tuple[int, object]:
+        """Return the live state of every endpoint."""
+        server = self._server
+        snapshot = server.services.pool.snapshot()
+        return 200, status_document(
+            snapshot, server.config, port=server.port, epoch=_now()
+        )
+
+    def providers(self, _: Mapping[str, str]) -> tuple[int, object]:
+        """Return the list of endpoints."""
+        server = self._server
+        faults = server.reloader.faults if server.reloader else ()
+        snapshot = server.services.pool.snapshot()
+        return 200, providers_document(snapshot, server.config, faults, epoch=_now())
+
+    def _read(self, query: Callable[[sqlite3.Connection], Any]) -> Any:
+        """Return what the history says; raises RefusedError."""
+        store = self._server.store
+        if store is None:
+            raise RefusedError(503, "this proxy keeps no history", close=False)
+        try:
+            store.flush(FLUSH_S)
+            return store.read(query)
+        except StoreError as error:
+            raise RefusedError(503, str(error), close=False) from error
+
+    def stats(self, _: Mapping[str, str]) -> tuple[int, object]:
+        """Return what has happened in all the time that is kept."""
+        return 200, stats_document(self._read(partial(statistics, epoch=_now())))
+
+    def requests(self, query: Mapping[str, str]) -> tuple[int, object]:
+        """Return the last exchanges, newest first."""
+        text = query.get("limit", "50")
+        if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= 1000:
+            raise RefusedError(400, "limit: expected 1 to 1000", close=False)
+        return 200, self._read(partial(recent_requests, limit=int(text)))
+
+    def analytics(self, query: Mapping[str, str]) -> tuple[int, object]:
+        """Return what happened in a range of time, as a series."""
+        span = query.get("range", "24h")
+        if span not in RANGES:
+            expected = ", ".join(RANGES)
+            raise RefusedError(400, f"range: expected one of {expected}", close=False)
+        endpoint, model = query.get("endpoint"), query.get("model")
+        read = partial(
+            analytics, span=span, epoch=_now(), endpoint=endpoint, model=model
+        )
+        return 200, analytics_document(self._read(read))
+
+    def accounts(self, _: Mapping[str, str]) -> tuple[int, object]:
+        """Return the stored accounts, those with the most requests first."""
+        server = self._server
+        if server.store is not None:
+            server.store.flush(FLUSH_S)
+        try:
+            known = server.book.all() if server.book is not None else ()
+        except AccountError as error:
+            raise RefusedError(503, str(error), close=False) from error
+        snapshot = server.services.pool.snapshot()
+        return 200, accounts_document(known, snapshot, epoch=_now())
+
+    def settings(self, _: Mapping[str, str]) -> tuple[int, object]:
+        """Return the settings that can be changed while it runs, and some others."""
+        strategy = self._server.config.balancing.strategy
+        return 200, {
+            "load_balance_strategy": strategy,
+            "lb_strategy": strategy,
+            "port": self._server.port,
+            "sessionDurationMs": int(WINDOW_S * 1000),
+        }
+
+    def strategy(self, _: Mapping[str, str]) -> tuple[int, object]:
+        """Return the strategy, and which there are."""
+        strategy = self._server.config.balancing.strategy
+        return 200, {"strategy": strategy, "strategies": list(STRATEGY_NAMES)}
 
 
 class Control:
@@ -9254,6 +12405,99 @@ class Control:
         self._server.log.write("warn", f"mode {mode} by hand", endpoint=name or "-")
         return 200, {"status": "ok", "mode": mode, "endpoint": name or None}
 
+    def settings(self, *, body: bytes) -> tuple[int, object]:
+        """Change a setting: the strategy is the one that can be changed."""
+        wish = object_in(body)
+        key, value = wish.get("key"), wish.get("value")
+        if key not in ("load_balance_strategy", "lb_strategy"):
+            text = 'expected {"key": "load_balance_strategy", "value": STRATEGY}'
+            raise RefusedError(400, f"Invalid request body: {text}", close=False)
+        return 200, {"success": True, "key": key, "value": self._balance_by(value)}
+
+    def strategy(self, *, body: bytes) -> tuple[int, object]:
+        """Change the strategy."""
+        strategy = self._balance_by(object_in(body).get("strategy"))
+        return 200, {"success": True, "strategy": strategy}
+
+    def _balance_by(self, name: object) -> str:
+        """Balance by another strategy until the next start; return its name."""
+        word = str(name).replace("-", "_")
+        word = OTHER_STRATEGY_NAMES.get(word, word)
+        if word not in STRATEGY_NAMES:
+            expected = ", ".join(STRATEGY_NAMES)
+            raise RefusedError(
+                400, f"strategy: expected one of {expected}", close=False
+            )
+        self._server.takeover.balance_by(word)
+        self._server.log.write("warn", f"strategy {word} by hand, until the next start")
+        return word
+
+    def reset_stats(self, *, body: bytes) -> tuple[int, object]:
+        """Delete the history, and set the accounts' counts to nothing."""
+        del body
+        store = self._server.store
+        if store is None:
+            raise RefusedError(503, "this proxy keeps no history", close=False)
+        store.flush(FLUSH_S)
+        try:
+            rows = store.change(clear_history)
+            store.change(reset_statistics)
+        except StoreError as error:
+            raise RefusedError(503, str(error), close=False) from error
+        self._server.log.write("warn", "the statistics are reset by hand", rows=rows)
+        return 200, {"success": True, "message": f"{rows} requests were deleted"}
+
+    def account(self, name: str, verb: str, *, body: bytes) -> tuple[int, object]:
+        """Pause or resume an account."""
+        del body
+        self._with_book(lambda b: b.set_paused(name, paused=verb == "pause"), name)
+        return self._done(f"Account '{name}' is {verb}d", name)
+
+    def rename(self, name: str, *, body: bytes) -> tuple[int, object]:
+        """Give an account another name."""
+        return self._rename(name, object_in(body).get("name"))
+
+    def rename_account(self, *, body: bytes) -> tuple[int, object]:
+        """Give an account another name, as the account balancer's page asked."""
+        wish = object_in(body)
+        return self._rename(str(wish.get("oldName", "")), wish.get("newName"))
+
+    def _rename(self, old: str, new: object) -> tuple[int, object]:
+        name = new if isinstance(new, str) else ""
+        self._with_book(lambda b: b.rename(old, name), old)
+        status, document = self._done(f"Account '{old}' is now '{name}'", old)
+        return status, {**document, "newName": name}
+
+    def remove_account(self, name: str, *, body: bytes) -> tuple[int, object]:
+        """Delete an account; the body repeats its name."""
+        if object_in(body).get("confirm") != name:
+            text = f'deleting it ends its login: send {{"confirm": "{name}"}}'
+            refusal = RefusedError(400, text, close=False)
+            refusal.facts["details"] = {"confirmationRequired": True}
+            raise refusal
+        self._with_book(lambda b: b.remove(name), name)
+        return self._done(f"Account '{name}' is deleted", name)
+
+    def _with_book(self, change: Callable[[AccountBook], None], name: str) -> None:
+        """Change an account; the pool follows."""
+        book = self._server.book
+        if book is None:
+            raise RefusedError(404, "this proxy serves no accounts", close=False)
+        try:
+            book.find(name)
+        except AccountError as error:
+            raise RefusedError(404, str(error), close=False) from error
+        try:
+            change(book)
+        except AccountError as error:
+            raise RefusedError(400, str(error), close=False) from error
+        if self._server.reloader is not None:
+            self._server.reloader.reload()
+
+    def _done(self, message: str, name: str) -> tuple[int, dict[str, object]]:
+        self._server.log.write("warn", f"by hand: {message}")
+        return 200, {"success": True, "message": message, "account": name}
+
     def _unknown(self, name: str) -> RefusedError:
         names = ", ".join(e.name for e in self._server.config.endpoints)
         text = f"there is no endpoint {name}: there are {names}"
@@ -9273,17 +12517,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
         "/": "_answer_root",
         "/health": "_answer_health",
         "/api/hello": "_answer_hello",
-        "/status": "_answer_status",
-        "/providers": "_answer_providers",
+        "/api/requests/stream": "_answer_stream",
     }
-    #: Those that need a client key where one is set.
-    GUARDED = frozenset(["/status", "/providers"])
-    #: pattern of a path -> method of Control that answers POST there
-    CHANGES: Mapping[str, str] = {
-        r"/providers/reload": "reload",
-        r"/api/endpoints/(.+)/(pause|resume)": "endpoint",
-        r"/api/mode": "mode",
+    #: path -> method of Views; these need a client key where one is set
+    VIEWS: Mapping[str, str] = {
+        "/status": "status",
+        "/providers": "providers",
+        "/api/stats": "stats",
+        "/api/accounts": "accounts",
+        "/api/requests": "requests",
+        "/api/analytics": "analytics",
+        "/api/config": "settings",
+        "/api/config/strategy": "strategy",
     }
+    #: (method, pattern of a path, method of Control)
+    CHANGES: Sequence[tuple[str, str, str]] = (
+        ("POST", r"/providers/reload", "reload"),
+        ("POST", r"/api/endpoints/(.+)/(pause|resume)", "endpoint"),
+        ("POST", r"/api/mode", "mode"),
+        ("POST", r"/api/config", "settings"),
+        ("POST", r"/api/config/strategy", "strategy"),
+        ("POST", r"/api/stats/reset", "reset_stats"),
+        ("POST", r"/api/accounts/(.+)/(pause|resume)", "account"),
+        ("POST", r"/api/accounts/(.+)/rename", "rename"),
+        ("POST", r"/api/rename-account", "rename_account"),
+        ("DELETE", r"/api/accounts/(.+)", "remove_account"),
+    )
 
     def setup(self) -> None:
         """Take over the connection; nothing is buffered twice."""
@@ -9338,22 +12597,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if under_v1(head.path):
             self._forward(head, length)
             return
-        for pattern, change in self.CHANGES.items():
-            match = re.fullmatch(pattern, head.path)
-            if match:
-                self._check_method(head, ("POST", "OPTIONS"))
-                self._change(change, match.groups(), head, length or 0)
-                return
-        route = self.ROUTES.get(head.path)
-        if route is None:
+        changes = {
+            method: (change, found.groups())
+            for method, pattern, change in self.CHANGES
+            if (found := re.fullmatch(pattern, head.path))
+        }
+        if head.method in changes:
+            self._change(*changes[head.method], head, length or 0)
+            return
+        route, view = self.ROUTES.get(head.path), self.VIEWS.get(head.path)
+        if not (route or view or changes):
             raise RefusedError(
                 404, f"no such path here: {head.path} (the Claude API is under /v1/)"
             )
-        self._check_method(head, _LOCAL_METHODS)
-        if head.path in self.GUARDED:
+        local = _LOCAL_METHODS if route or view else ("OPTIONS",)
+        self._check_method(head, (*changes, *local))
+        if route is not None:
+            answer = getattr(self, route)()
+        else:
             self.server.access.check_reader(head)
-        status, document = getattr(self, route)()
-        self._answer(status, document, has_body=has_body)
+            answer = getattr(Views(self.server), str(view))(query_of(head.target))
+        if answer is not None:  # else somebody else goes on with the client
+            self._answer(*answer, has_body=has_body)
 
     @staticmethod
     def _check_method(head: RequestHead, allowed: Sequence[str]) -> None:
@@ -9442,24 +12707,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.admission.foreign:
             return code, {"status": status}
         uptime_s = time.monotonic() - server.since
-        return code, health_document(
+        document = health_document(
             snapshot, status=status, uptime_s=uptime_s, at=_now_text()
         )
-
-    def _answer_status(self) -> tuple[int, object]:
-        """Return the live state of every endpoint."""
-        server = self.server
-        snapshot = server.services.pool.snapshot()
-        return 200, status_document(
-            snapshot, server.config, port=server.port, epoch=_now()
-        )
-
-    def _answer_providers(self) -> tuple[int, object]:
-        """Return the list of endpoints."""
-        server = self.server
-        faults = server.reloader.faults if server.reloader else ()
-        snapshot = server.services.pool.snapshot()
-        return 200, providers_document(snapshot, server.config, faults, epoch=_now())
+        if server.store is not None:
+            document["history"] = server.store.health()
+        return code, document
 
     def _answer_root(self) -> tuple[int, object]:
         """Return a short health document."""
@@ -9476,6 +12729,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _answer_hello(self) -> tuple[int, object]:
         """Answer the probe that Claude Code sends first."""
         return 200, {"status": "ok"}
+
+    def _answer_stream(self) -> tuple[int, object] | None:
+        """Have the client told of each exchange's start and end, as events."""
+        head = self.head
+        if head is not None:
+            self.server.access.check_reader(head)
+            if head.method == "HEAD" or not head.modern:
+                return 200, None
+        fields = b"Content-Type: text/event-stream\r\nCache-Control: no-store\r\n"
+        fields += b"Transfer-Encoding: chunked\r\n" + self.answer_fields
+        start = own_answer(
+            200, None, request_id=self.request_id, head=head, fields=fields, keep=False
+        )
+        self._give_away(partial(self.server.chronicle.join, self.client, start))
+        return None
 
     def _answer(self, status: int, document: object, *, has_body: bool) -> None:
         """Send an answer of our own and let the relay go on with the client."""
@@ -9609,6 +12877,122 @@ class Door:
             os.close(spare)
 
 
+class Takeover:
+    """Has a running server take over another configuration."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        #: As the file names it, and as it was chosen by hand since.
+        self._strategies = (server.config.balancing.strategy, "")
+
+    def reconfigure(self, config: Config) -> None:
+        """Serve by another configuration; raises ConfigError.
+
+        From any thread but the relay's, which swaps it in one step.
+        """
+        server = self._server
+        told = (*left_for_restart(server.config, config), *config.warnings)
+        config = followed_by(server.config, config)
+        contexts = trust_contexts(config)
+        done = threading.Event()
+
+        def swap() -> None:
+            try:
+                self._swap(config, contexts)
+            finally:
+                done.set()
+
+        new = [e for e in config.enabled if e not in server.config.endpoints]
+        for text in told:
+            server.log.write("warn", text)
+        if server.relay.tell(swap):
+            done.wait()
+            server.greet_aside(new)
+
+    def follow(self, config: Config) -> None:
+        """Serve by what the file says now; raises ConfigError.
+
+        A strategy that was chosen by hand stays until the file names another one.
+        """
+        filed, wished = self._strategies
+        if config.balancing.strategy != filed:
+            self._strategies = (config.balancing.strategy, "")
+        elif wished:
+            balancing = dataclasses.replace(config.balancing, strategy=wished)
+            config = dataclasses.replace(config, balancing=balancing)
+        self.reconfigure(config)
+
+    def balance_by(self, strategy: str) -> None:
+        """Balance by another strategy; raises ConfigError."""
+        config = self._server.config
+        balancing = dataclasses.replace(config.balancing, strategy=strategy)
+        self.reconfigure(dataclasses.replace(config, balancing=balancing))
+        self._strategies = (self._strategies[0], strategy)
+
+    def _swap(
+        self, config: Config, contexts: Mapping[str | None, ssl.SSLContext]
+    ) -> None:
+        server, services = self._server, self._server.services
+        services.pool.configure(config)
+        services.upstreams.configure(config, contexts)
+        server.config = config
+        server.services = services._replace(config=config)
+        server.access = server.make_access(config)
+        server.reception.configure(server.services, server.access)
+        server.log.configure(config.log)
+        if server.store is not None:
+            server.store.configure(config.storage)
+
+
+class Ticker:
+    """Begins the five-hour windows of accounts that stand idle, where that is wished.
+
+    Each costs a short message of the account's own quota: hence it is off by default.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._next_s = server.since + TICKER_FIRST_S
+
+    def tick(self, now: float) -> None:
+        """Begin a round when one is due; about once a second."""
+        settings = self._server.config.accounts
+        if settings is None or not settings.ticker_minutes or now < self._next_s:
+            return
+        self._next_s = now + settings.ticker_minutes * 60
+        with contextlib.suppress(RuntimeError):  # the next round may have a thread
+            self._server.services.work(self._round)
+
+    def _round(self) -> None:
+        server = self._server
+        for state in server.services.pool.snapshot().endpoints:
+            idle = state.endpoint.account and state.window_s <= 0
+            if idle and state.state in ("ok", "unknown") and not server.draining():
+                self._begin(state.endpoint.name)
+
+    def _begin(self, name: str) -> None:
+        """Ask the proxy itself for a message by one account."""
+        server = self._server
+        settings, keys = server.config.accounts, server.config.server.client_keys
+        fields = {"content-type": "application/json", "x-claude-lb-endpoint": name}
+        if keys:
+            fields["x-api-key"] = keys[0].reveal()
+        message = {"role": "user", "content": "Hi"}
+        model = settings.ticker_model if settings else ""
+        body = json.dumps({"model": model, "max_tokens": 1, "messages": [message]})
+        host = urllib.parse.urlsplit(server.url).hostname or ""
+        try:
+            line = http.client.HTTPConnection(host, server.port, timeout=TICKER_S)
+            with contextlib.closing(line):
+                line.request("POST", MESSAGES_PATH, body, fields)
+                status = line.getresponse().status
+        except (OSError, http.client.HTTPException) as error:
+            server.log.write("warn", f"window ticker: {name}: {error}")
+        else:
+            text = f"window ticker: a message by {name}, which spends its quota"
+            server.log.write("info", text, status=status)
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The listening socket with everything that requests share."""
 
@@ -9624,6 +13008,8 @@ class Server(http.server.ThreadingHTTPServer):
         *,
         read: Callable[[], Config] | None = None,
         path: str = "",
+        store: Store | None = None,
+        book: AccountBook | None = None,
     ) -> None:
         settings = config.server
         if ":" in settings.host:
@@ -9635,30 +13021,45 @@ class Server(http.server.ThreadingHTTPServer):
         self.since = time.monotonic()
         self.via = os.urandom(8).hex()
         self.budget = BodyBudget()
-        self.access = self._make_access(config)
+        self.access = self.make_access(config)
         self.connections: set[ClientConnection] = set()
         #: Those beyond the cap, for as long as they read why.
         self.leaving: set[ClientConnection] = set()
         self._ids = itertools.count(1)
         self._draining = False
         self._drift_s = _clock_drift_s()
-        #: None where there is no file to read again.
+        self.takeover = Takeover(self)
+        #: None: there is no file to read again, no history, no accounts.
         self.reloader: Reloader | None = None
+        self.store, self.book = store, book
         if read is not None:
-            self.reloader = Reloader(log, read, self.reconfigure, path)
+            self.reloader = Reloader(log, read, self.takeover.follow, path, book)
         self.door = Door(self)
         self.workers = Workers()
-        self.relay = Relay(
-            log,
-            take_request=self._take,
-            keep_house=self._keep_house,
+        self.relay = Relay(log, take_request=self._take, keep_house=self._keep_house)
+        self.chronicle = Chronicle(self.relay, store)
+        self.renewer: Renewer | None = None
+        if book is not None:
+            self.renewer = Renewer(book, log, self.workers.submit)
+        self.ticker = Ticker(self)
+        self.services = self._make_services()
+        self.reception = Reception(
+            self.services,
+            self.access,
+            next_id=self.next_request_id,
+            serve=self._serve_in_worker,
         )
-        self.services = Services(
-            config=config,
-            pool=Pool(config),
-            upstreams=Upstreams(config, self.relay),
+        for account in book.known() if book is not None else ():
+            left_s, used = window_of(account, _now())
+            self.services.pool.recall(account.name, left_s, used)
+
+    def _make_services(self) -> Services:
+        return Services(
+            config=self.config,
+            pool=Pool(self.config),
+            upstreams=Upstreams(self.config, self.relay),
             relay=self.relay,
-            log=log,
+            log=self.log,
             via=self.via,
             draining=self.draining,
             work=self.workers.submit,
@@ -9666,15 +13067,12 @@ class Server(http.server.ThreadingHTTPServer):
             budget=self.budget,
             repeats=Repeats(),
             shares={},
-        )
-        self.reception = Reception(
-            self.services,
-            self.access,
-            next_id=self.next_request_id,
-            serve=self._serve_in_worker,
+            keeper=None if self.store is None else self.chronicle,
+            logins=self.renewer,
         )
 
-    def _make_access(self, config: Config) -> Access:
+    def make_access(self, config: Config) -> Access:
+        """Return who may ask what by `config`."""
         passing = any(e.auth_type is AuthType.PASSTHROUGH for e in config.endpoints)
         return Access(
             config.server, port=self.port, via=self.via, passes_credentials=passing
@@ -9746,41 +13144,6 @@ class Server(http.server.ThreadingHTTPServer):
         except Exception:  # noqa: BLE001 - a worker outlives any fault
             self.log.fault("a fault in a worker")
 
-    def reconfigure(self, config: Config) -> None:
-        """Serve by another configuration; raises ConfigError.
-
-        From any thread but the relay's, which swaps it in one step.
-        """
-        told = (*left_for_restart(self.config, config), *config.warnings)
-        config = followed_by(self.config, config)
-        contexts = trust_contexts(config)
-        done = threading.Event()
-
-        def swap() -> None:
-            try:
-                self._swap(config, contexts)
-            finally:
-                done.set()
-
-        new = [e for e in config.enabled if e not in self.config.endpoints]
-        for text in told:
-            self.log.write("warn", text)
-        if self.relay.tell(swap):
-            done.wait()
-            self._greet_aside(new)
-
-    def _swap(
-        self, config: Config, contexts: Mapping[str | None, ssl.SSLContext]
-    ) -> None:
-        services = self.services
-        services.pool.configure(config)
-        services.upstreams.configure(config, contexts)
-        self.config = config
-        self.services = services._replace(config=config)
-        self.access = self._make_access(config)
-        self.reception.configure(self.services, self.access)
-        self.log.configure(config.log)
-
     def _note_sleep(self) -> None:
         """Find out that the machine slept: the monotonic clock stood still."""
         drift_s = _clock_drift_s()
@@ -9792,6 +13155,11 @@ class Server(http.server.ThreadingHTTPServer):
         """Do what is due about once a second, in the relay's thread."""
         self._note_sleep()
         self.services.pool.tidy()
+        self.chronicle.ping()
+        self.ticker.tick(self.relay.now)
+        if self.renewer is not None:
+            for account in self.renewer.due(_now()):
+                self.renewer.renew(account.id, account.access_token, _unheard)
         self.services.upstreams.expire()
         self.log.reopen_if_moved()
         if not self._draining:
@@ -9803,11 +13171,12 @@ class Server(http.server.ThreadingHTTPServer):
         """Start the threads; returns at once."""
         self.relay.start()
         self.relay.tell(self.door.open)
-        self._greet_aside(self.config.enabled)
+        self.greet_aside(self.config.enabled)
         if self.reloader is not None:
             self.reloader.start()
 
-    def _greet_aside(self, endpoints: Sequence[Endpoint]) -> None:
+    def greet_aside(self, endpoints: Sequence[Endpoint]) -> None:
+        """Try endpoints, in a thread; see `_greet`."""
         if endpoints:
             greet = partial(self._greet, endpoints)
             threading.Thread(target=greet, name="greet", daemon=True).start()
@@ -9835,6 +13204,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.reloader is not None:
             self.reloader.stop()
         self.relay.tell(partial(self.relay.close, self.door))
+        self.relay.tell(self.chronicle.close)
         self.relay.tell(self.relay.drain)
         until = time.monotonic() + grace_s
         pool, pause = self.services.pool, threading.Event()
@@ -9847,6 +13217,10 @@ class Server(http.server.ThreadingHTTPServer):
         for client in tuple(self.connections):
             client.close()
         self.door.give_up()
+
+
+def _unheard(_: Secret | None, __: str) -> None:
+    """Wait for nothing: the log tells how a renewal went."""
 
 
 def _clock_drift_s() -> float:
@@ -9866,7 +13240,7 @@ def _turn_away(sock: socket.socket, message: str) -> None:
 
 
 # ============================================================================
-# 29. DEMO
+# 31. DEMO
 # ============================================================================
 #
 # Upstreams to try the proxy on, without a key or a network.  They answer what a
@@ -10116,7 +13490,7 @@ class DemoUpstream(http.server.ThreadingHTTPServer):
 
 
 # ============================================================================
-# 30. SELFTEST
+# 32. SELFTEST
 # ============================================================================
 #
 # The decision table, tried on the proxy as it serves, with upstreams that misbehave
@@ -10483,13 +13857,13 @@ class ScriptedUpstreams(Upstreams):
 class ScriptedLogins(Logins):
     """Has a fresh token whenever one is asked for."""
 
-    def token(self, account: str) -> Secret | None:
+    def token(self, account_id: str) -> Secret | None:
         """See Logins."""
         return _TOKEN
 
     def renew(
         self,
-        account: str,
+        account_id: str,
         stale: Secret | None,
         then: Callable[[Secret | None, str], None],
     ) -> None:
@@ -10686,7 +14060,7 @@ def matrix_lines(trials: Sequence[Trial]) -> Iterator[str]:
 
 
 # ============================================================================
-# 31. CLI
+# 33. CLI
 # ============================================================================
 #
 # The only place that reads arguments, the environment and configuration files,
@@ -10786,6 +14160,14 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         "selftest",
         help="try every row of the table with scripted upstreams (no key needed)",
     )
+    stats = commands.add_parser("stats", help="print what the history says")
+    stats.add_argument("--range", choices=tuple(RANGES), help="default: all of it")
+    analyze_it = commands.add_parser(
+        "analyze", help="print the database's sizes and query plans"
+    )
+    for command in (stats, analyze_it):
+        command.add_argument("--json", action="store_true")
+    _add_account_commands(commands)
 
 
 def cmd_selftest() -> int:
@@ -10811,6 +14193,352 @@ def cmd_explain(arguments: argparse.Namespace) -> int:
     )
     print("\n".join(lines))
     return 0
+
+
+TERMS = """\
+Before the first login: the provider's terms allow logins of this kind for one's own
+use, with the provider's own clients only, and this program is none of them. Pooling
+such accounts, sharing them, or serving other people through them can get an account
+closed, without notice. API keys are made for programs like this one."""
+
+
+def _add_account_commands(commands: Any) -> None:
+    """Add `accounts` with what it can do."""
+    accounts = commands.add_parser(
+        "accounts", help="log accounts in; list, rename, pause, remove them"
+    )
+    actions = accounts.add_subparsers(dest="action", metavar="ACTION")
+    accounts.set_defaults(explain=accounts.format_help)
+    for action, (operands, text) in _ACTIONS.items():
+        parser = actions.add_parser(action, help=text, description=f"{text}.")
+        for operand in operands:
+            parser.add_argument(operand, metavar=operand.upper(), nargs="?")
+        parser.set_defaults(usage=parser.format_usage)
+        if action == "add":
+            _add_login_options(parser.add_argument)
+
+
+def _add_login_options(add: Callable[..., Any]) -> None:
+    add("--mode", choices=("max", "console"), default="console")
+    add("--plan", metavar="NAME", help="its plan (default: the mode's name)")
+    add("--models", metavar="P,P", default="", help="patterns, in place of the plan's")
+    add("--weight", type=int, metavar="N", default=1, help="its share, 1 to 1000")
+    add("--local", action="store_true", help="take the code from the browser itself")
+    add("--api-key", action="store_true", help="make an API key and use that")
+    add("--yes", action="store_true", help="do not ask whether to continue")
+
+
+def database_path(config: Config) -> str | None:
+    """Return where the database is kept; None: in memory."""
+    place = config.storage.database
+    if place is None:
+        return None
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.expanduser(place.replace("{state_home}", home))
+
+
+def with_database(config: Config) -> Config:
+    """Return `config` with the path of its database."""
+    storage = dataclasses.replace(config.storage, database=database_path(config))
+    return dataclasses.replace(config, storage=storage)
+
+
+def book_of(config: Config, log: Log) -> AccountBook | None:
+    """Return the accounts that are to serve by a configuration, if any."""
+    path = config.storage.database
+    if config.accounts is None or path is None:
+        return None
+    return AccountBook(path, config.accounts, log)
+
+
+def with_stored(config: Config, book: AccountBook | None) -> Config:
+    """Return `config` with the stored accounts; raises ConfigError."""
+    if book is not None:
+        book.settings = config.accounts or book.settings
+        book.poll()
+        config = with_accounts(config, book.known())
+    faults = final_faults(config)
+    if not config.enabled:
+        add = "claude_lb.py accounts add NAME"
+        faults.append(f"no account is there that could serve: {add}")
+    if faults:
+        raise ConfigError([f"{config.source}: {fault}" for fault in faults])
+    return config
+
+
+def find_account_config(arguments: argparse.Namespace) -> Config:
+    """Return the configuration for commands on accounts, which need no endpoint."""
+    places = (arguments.config, *config_places())
+    for place in places:
+        if place and (place == arguments.config or os.path.exists(place)):
+            config = read_config_file(place)
+            break
+    else:
+        config = Config((), source="no configuration")
+    settings = config.accounts or with_proxy(AccountSettings(), _Environment())
+    return dataclasses.replace(config, accounts=settings)
+
+
+def cmd_accounts(arguments: argparse.Namespace, config: Config) -> int:
+    """Do what `accounts` is asked to; 1 where it cannot be done."""
+    if arguments.action in (None, "help"):
+        print(arguments.explain(), end="")
+        return 0
+    operands = _ACTIONS[arguments.action][0]
+    if any(getattr(arguments, operand) is None for operand in operands):
+        print(arguments.usage(), end="", file=sys.stderr)
+        return 1
+    path = database_path(config)
+    if path is None:
+        text = "storage.database is null: there is nowhere to keep accounts"
+        raise ConfigError([text])
+    log = Log(dataclasses.replace(config.log, file=None, level="warn"))
+    book = AccountBook(path, config.accounts or AccountSettings(), log)
+    try:
+        return _DOERS[arguments.action](arguments, config, book)
+    except (AccountError, sqlite3.Error, OSError) as error:
+        print(f"{PROXY_NAME}: {error}", file=sys.stderr)
+        return 1
+
+
+def _ask_user(prompt: str, *, hidden: bool = False) -> str:
+    """Return a line that the user types; raises EOFError."""
+    if hidden and sys.stdin.isatty():
+        return getpass.getpass(prompt)
+    return input(prompt)
+
+
+def _do_add(arguments: argparse.Namespace, config: Config, book: AccountBook) -> int:
+    """Log in, and keep the account."""
+    there = book.all()
+    account = _wanted(arguments, config, there)
+    try:
+        if not there:
+            print(TERMS, flush=True)
+            if not (arguments.yes or _ask_user("Continue? [y/N] ").lower() == "y"):
+                print("Nothing was added.")
+                return 0
+        tokens = _log_in(arguments, book)
+    except (EOFError, KeyboardInterrupt):
+        print("\nNothing was added.")
+        return 0
+    key = None
+    if arguments.api_key or "user:inference" not in (tokens.scopes or ()):
+        key = make_api_key(book.settings, tokens.access)
+    account = account._replace(
+        refresh_token=tokens.refresh,
+        access_token=tokens.access,
+        expires_at=tokens.expires_at,
+        api_key=key,
+    )
+    if account.id in {a.id for a in there}:
+        book.log_in_again(account.id, account)
+    else:
+        book.add(account)
+    print(f'Account "{account.name}" is logged in.')
+    print("\n".join(_plan_lines(account, config.plans)))
+    return 0
+
+
+def _wanted(
+    arguments: argparse.Namespace, config: Config, there: Sequence[Account]
+) -> Account:
+    """Return the account to be made, still without tokens; raises AccountError."""
+    plan = arguments.plan or arguments.mode
+    if name_fault(arguments.name):
+        raise AccountError(name_fault(arguments.name))
+    if plan not in config.plans:
+        known = ", ".join(sorted(config.plans))
+        raise AccountError(f'there is no plan "{plan}": choose one of {known}')
+    if not 1 <= arguments.weight <= 1000:
+        raise AccountError("--weight: expected a whole number from 1 to 1000")
+    for account in there:
+        if account.name == arguments.name:
+            if not account.needs_login:
+                text = f'Account with name "{account.name}" already exists'
+                raise AccountError(text)
+            return account._replace(mode=arguments.mode)
+    models = (m.strip() for m in arguments.models.split(","))
+    return Account(
+        os.urandom(16).hex(),
+        arguments.name,
+        plan,
+        tuple(m for m in models if m),
+        mode=arguments.mode,
+        weight=arguments.weight,
+        created_at=time.time(),  # noqa: TID251 - rows are epoch
+    )
+
+
+def _log_in(arguments: argparse.Namespace, book: AccountBook) -> Tokens:
+    """Have the user allow a login; return its tokens; raises AccountError, EOFError."""
+    callback = LocalCallback() if arguments.local else None
+    login = new_login(
+        book.settings,
+        arguments.mode,
+        random=os.urandom(64),
+        key=arguments.api_key,
+        redirect=callback.redirect_url if callback else "",
+    )
+    began = time.monotonic()
+    print(f"Open this address in your browser:\n\n{login_url(login)}\n", flush=True)
+    if callback:
+        print("Waiting for the browser to come back ...", flush=True)
+        code = callback.wait(login.state)
+    else:
+        print("Allow the login there, then paste the code that the page shows.")
+        code = read_pasted(_ask_user("Authorization code: ", hidden=True), login.state)
+    if time.monotonic() - began > LOGIN_S:
+        raise AccountError("the login took too long: begin again")
+    book.check_writable()  # before the code is used up
+    return exchange_code(book.settings, login, code, book.clock())
+
+
+def _plan_lines(
+    account: Account, plans: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:
+    """Return an account's plan and models, for people."""
+    patterns = patterns_of(account, plans)
+    opus = serves_model(patterns, "claude-opus")
+    plan = f"   Plan: {account.plan.upper()} ({'Opus enabled' if opus else 'no Opus'})"
+    return (plan, f"   Models: {', '.join(patterns) or 'all'}")
+
+
+def _token_words(account: Account, epoch: float) -> str:
+    """Return the state of an account's credential, never a part of it."""
+    if account.needs_login:
+        return f"needs login: {account.needs_login}"
+    if account.api_key:
+        return "API key"
+    if account.access_token and account.expires_at and account.expires_at > epoch:
+        return f"valid until {stamp(account.expires_at)}"
+    return "expired: it is renewed at its next use" if account.expires_at else "valid"
+
+
+def account_lines(
+    accounts: Sequence[Account], plans: Mapping[str, tuple[str, ...]], epoch: float
+) -> Iterator[str]:
+    """Return the text of `accounts list`, without any part of a secret."""
+    yield from ("Accounts", "-" * 40)
+    for account in accounts:
+        used = account.last_used
+        yield account.name + (" (paused)" if account.paused else "")
+        yield f"   ID: {account.id}"
+        yield from _plan_lines(account, plans)
+        yield f"   Created: {stamp(account.created_at)}"
+        yield f"   Last Used: {'Never' if used is None else stamp(used)}"
+        yield f"   Requests: {account.request_count}"
+        yield f"   Token: {_token_words(account, epoch)}"
+
+
+def _do_list(_: argparse.Namespace, config: Config, book: AccountBook) -> int:
+    accounts = book.all()
+    if accounts:
+        print("\n".join(account_lines(accounts, config.plans, book.clock())))
+    else:
+        command = "claude_lb.py accounts add <name>"
+        print(f"No accounts found. Add one with: {command}")
+    return 0
+
+
+def _do_remove(arguments: argparse.Namespace, _: Config, book: AccountBook) -> int:
+    book.remove(arguments.name)
+    print(f'Account "{arguments.name}" was removed.')
+    return 0
+
+
+def _do_rename(arguments: argparse.Namespace, _: Config, book: AccountBook) -> int:
+    book.rename(arguments.old, arguments.new)
+    print(f'Account "{arguments.old}" is now "{arguments.new}".')
+    return 0
+
+
+def _do_pause(arguments: argparse.Namespace, _: Config, book: AccountBook) -> int:
+    paused = arguments.action == "pause"
+    book.set_paused(arguments.name, paused=paused)
+    print(f'Account "{arguments.name}" {"is paused" if paused else "serves again"}.')
+    return 0
+
+
+def _do_refresh(arguments: argparse.Namespace, _: Config, book: AccountBook) -> int:
+    """Renew an account's token; stay until it is stored."""
+    account = book.find(arguments.name)
+    came: list[tuple[Secret | None, str]] = []
+    renewer = Renewer(book, Log(LogSettings(level="error")), lambda job: job())
+    renewer.renew(account.id, account.access_token, lambda *ended: came.append(ended))
+    token, why = came[0]
+    if token is None:
+        raise AccountError(f'Account "{account.name}" was not renewed: {why}')
+    pause = threading.Event()
+    while not book.save_again():
+        pause.wait(RETRY_AFTER_S)
+    print(f'Account "{account.name}" was renewed.')
+    return 0
+
+
+def _do_import(arguments: argparse.Namespace, _: Config, book: AccountBook) -> int:
+    """Take over another program's accounts; its file stays as it is."""
+    found, left = read_foreign(arguments.path)
+    taken = {a.name for a in book.all()}
+    ids = {a.id for a in book.all()}
+    for account in found:
+        if account.id in ids:
+            left.append(f'"{account.name}": it is here already')
+            continue
+        name = free_name(account.name, taken)
+        taken.add(name)
+        book.add(account._replace(name=name))
+        renamed = "" if name == account.name else f' as "{name}"'
+        print(f'Account "{account.name}" was imported{renamed}.')
+    for line in left:
+        print(f"Not imported: {line}.")
+    print("Stop the other program: two that renew one login end it.")
+    return 0
+
+
+def _do_counts(arguments: argparse.Namespace, _: Config, book: AccountBook) -> int:
+    """Do `reset-stats` and `clear-history`."""
+    accounts = book.all()  # brings lost accounts back first
+    rows = 0
+    if os.path.exists(book.path):
+        with contextlib.closing(open_database(book.path)) as db:
+            if arguments.action == "clear-history":
+                rows = clear_history(db)
+            else:
+                reset_statistics(db)
+    if arguments.action == "reset-stats":
+        print(f"The counts of {len(accounts)} accounts were reset.")
+    else:
+        shown = f"{rows} requests were deleted." if rows else ""
+        print(shown or "No request history to clear")
+    return 0
+
+
+_ACTIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "add": (("name",), "Log an account in, or log it in again"),
+    "list": ((), "Show all accounts"),
+    "remove": (("name",), "Delete an account and its tokens"),
+    "rename": (("old", "new"), "Give an account another name"),
+    "pause": (("name",), "Keep an account from serving"),
+    "resume": (("name",), "Let a paused account serve again"),
+    "refresh": (("name",), "Renew an account's token now"),
+    "import": (("path",), "Take over the accounts of another balancer's database"),
+    "reset-stats": ((), "Set the counts of all accounts to nothing"),
+    "clear-history": ((), "Delete the history of requests"),
+    "help": ((), "Show this"),
+}
+_DOERS: dict[str, Callable[[argparse.Namespace, Config, AccountBook], int]] = {
+    "add": _do_add,
+    "list": _do_list,
+    "remove": _do_remove,
+    "rename": _do_rename,
+    "pause": _do_pause,
+    "resume": _do_pause,
+    "refresh": _do_refresh,
+    "import": _do_import,
+    "reset-stats": _do_counts,
+    "clear-history": _do_counts,
+}
 
 
 def config_places() -> tuple[str, ...]:
@@ -10849,8 +14577,9 @@ def config_from_environment() -> Config:
     raise ConfigError(
         [
             f"no configuration: looked for\n{places}\nand for ANTHROPIC_API_KEY and"
-            " ANTHROPIC_AUTH_TOKEN. Write endpoints.json:\n"
+            " ANTHROPIC_AUTH_TOKEN, and for stored accounts. Write endpoints.json:\n"
             '  [{"baseURL": "https://api.anthropic.com", "authToken": "sk-ant-..."}]\n'
+            "or log an account in: python3 claude_lb.py accounts add NAME\n"
             "or try it without any: python3 claude_lb.py --demo"
         ]
     )
@@ -10872,7 +14601,8 @@ def demo_config(*, avoid: int) -> Config:
         {"name": u.name, "baseURL": u.url, "authToken": f"demo-{os.urandom(16).hex()}"}
         for u in upstreams
     ]
-    return parse_config(json.dumps(raw), name="--demo", source=_Environment())
+    text = json.dumps({"endpoints": raw, "storage": {"database": None}})
+    return parse_config(text, name="--demo", source=_Environment())
 
 
 def _port_from(text: str, name: str) -> int:
@@ -10899,7 +14629,20 @@ def find_config(arguments: argparse.Namespace) -> Config:
     for place in config_places():
         if os.path.exists(place):
             return read_config_file(place)
-    return config_from_environment()
+    return config_of_accounts() or config_from_environment()
+
+
+def config_of_accounts() -> Config | None:
+    """Return the stored accounts as the whole configuration; None if there are none."""
+    balancing = BalancingSettings(strategy="least_used")
+    settings = with_proxy(AccountSettings(), _Environment())
+    source = "the stored accounts"
+    config = Config((), balancing=balancing, accounts=settings, source=source)
+    book = book_of(with_database(config), Log(LogSettings(level="error")))
+    try:
+        return config if book is not None and book.all() else None
+    except AccountError as error:
+        raise ConfigError([f"{source}: {error}"]) from error
 
 
 def apply_overrides(config: Config, arguments: argparse.Namespace) -> Config:
@@ -10939,13 +14682,13 @@ def describe(config: Config) -> str:
     host = f"[{server.host}]" if ":" in server.host else server.host
     lines = [f"configuration: {config.source}", f"listen: {host}:{server.port}"]
     for endpoint in config.endpoints:
-        state = "" if endpoint.enabled else " (disabled)"
+        state = "" if endpoint.enabled else f" ({endpoint.hint or 'disabled'})"
         passing = endpoint.auth_type is AuthType.PASSTHROUGH
         secret = "the client's own" if passing else "***"
         proxy = " through a proxy" if endpoint.proxy else ""
         lines.append(
             f"endpoint {endpoint.name}: {endpoint.base_url} {endpoint.auth_type.value}"
-            f" {secret}{proxy}{state}"
+            f" {secret}{proxy}{state}{f' plan {endpoint.plan}' * bool(endpoint.plan)}"
         )
     keys = len(server.client_keys)
     lines.append(f"client keys: {keys or 'none (this machine only)'}")
@@ -10964,6 +14707,15 @@ def describe(config: Config) -> str:
         f"failover: {failover.attempts} endpoints at most, retries in place:"
         f" {failover.retries}, what may have been served is {again}"
     )
+    storage, kept = config.storage, "in memory"
+    if storage.database is not None:
+        kept = f"{storage.database}, {storage.retention_days:g} days"
+    lines.append(f"history: {kept if storage.history else 'off'}")
+    if config.accounts is not None and config.accounts.ticker_minutes:
+        lines.append(
+            f"window ticker: every {config.accounts.ticker_minutes:g} minutes a short"
+            " message by each idle account, which spends its quota"
+        )
     timeouts = config.timeouts
     lines.append(
         f"timeouts: connect {timeouts.connect_s:g} s, first byte"
@@ -11017,12 +14769,11 @@ def port_owner(port: int) -> str:
     return f"process {match[1]} ({match[2]})" if match else ""
 
 
-def _bind(config: Config, log: Log, read: Callable[[], Config]) -> Server:
+def _bind(server: Callable[[], Server], config: Config) -> Server:
     """Return the listening server; raises ConfigError with the reason in one line."""
     host, port = config.server.host, config.server.port
-    file = os.path.isfile(config.source)
     try:
-        return Server(config, log, read=read if file else None, path=config.source)
+        return server()
     except (OSError, OverflowError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
         if getattr(error, "errno", None) == errno.EADDRINUSE:
@@ -11079,15 +14830,39 @@ def _catch_signals() -> int:
     return told
 
 
-def cmd_serve(config: Config, read: Callable[[], Config]) -> int:
-    """Serve until SIGTERM or SIGINT; SIGHUP has `read` bring the configuration."""
+def _mend(store: Store, config: Config) -> None:
+    """Have a database that is damaged set aside before anything relies on it."""
+    path = config.storage.database
+    if path is not None and os.path.exists(path):
+        try:
+            store.read(analyze)
+        except StoreError:
+            store.flush(MEND_S)
+
+
+def cmd_serve(base: Config, read_base: Callable[[], Config]) -> int:
+    """Serve until SIGTERM or SIGINT; SIGHUP has `read_base` bring the configuration.
+
+    `base` lacks the accounts, which join here, and again whenever they change.
+    """
     _raise_limits()
     sys.setswitchinterval(SWITCH_S)
     try:
-        log = Log(config.log, color=wants_color(config.log, sys.stderr))
+        log = Log(base.log, color=wants_color(base.log, sys.stderr))
     except OSError as error:
-        raise ConfigError([f"log.file {config.log.file}: {error.strerror}"]) from error
-    server = _bind(config, log, read)
+        raise ConfigError([f"log.file {base.log.file}: {error.strerror}"]) from error
+    book = book_of(base, log)
+    store = Store(base.storage, log, rescued=None if book is None else book.restore)
+    store.start()
+    _mend(store, base)
+    config = with_stored(base, book)
+    again = book is not None or os.path.isfile(base.source)
+
+    def read() -> Config:
+        return with_stored(read_base(), book)
+
+    make = partial(Server, config, log, path=base.source, store=store, book=book)
+    server = _bind(partial(make, read=read if again else None), config)
     told = _catch_signals()
     server.start()
     _announce(server, config)
@@ -11098,40 +14873,80 @@ def cmd_serve(config: Config, read: Callable[[], Config]) -> int:
             server.reloader.ask()
     log.write("info", "asked to stop: finishing what runs")
     server.stop(grace_s=server.config.server.drain_s)
+    store.stop()
     log.write("info", "stopped")
+    return 0
+
+
+def cmd_check(base: Config) -> int:
+    """Say what would be served."""
+    config = with_stored(base, book_of(base, Log(LogSettings(level="warn"))))
+    for warning in config.warnings:
+        print(f"warning: {warning}")
+    for note in config.notes:
+        print(f"note: {note}")
+    trust_contexts(config)
+    print(describe(config))
+    print("the configuration is good")
+    return 0
+
+
+def cmd_history(arguments: argparse.Namespace, config: Config) -> int:
+    """Print what the history says, or how the database does."""
+    if config.storage.database is None:
+        text = "storage.database is null: only the running proxy has a history"
+        raise ConfigError([text])
+    store = Store(config.storage, Log(LogSettings()))
+    epoch = time.time()  # noqa: TID251 - rows are epoch
+    try:
+        if arguments.command == "analyze":
+            document, lines = store.read(analyze), analyze_lines
+        elif arguments.range:
+            read = partial(analytics, span=arguments.range, epoch=epoch)
+            document, lines = analytics_document(store.read(read)), analytics_lines
+        else:
+            read_all = partial(statistics, epoch=epoch)
+            document, lines = stats_document(store.read(read_all)), stats_lines
+    except StoreError as error:
+        print(f"{PROXY_NAME}: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(document) if arguments.json else "\n".join(lines(document)))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = build_parser().parse_args(argv)
-    if arguments.command == "selftest":
-        return cmd_selftest()
-
-    def read() -> Config:
-        """Read again the file that was found at the start: no other takes its place."""
-        return apply_overrides(read_config_file(config.source), arguments)
-
     try:
-        if arguments.command == "explain":
-            return cmd_explain(arguments)
-        config = apply_overrides(find_config(arguments), arguments)
-        if arguments.check:
-            for warning in config.warnings:
-                print(f"warning: {warning}")
-            for note in config.notes:
-                print(f"note: {note}")
-            trust_contexts(config)
-            print(describe(config))
-            print("the configuration is good")
-            return 0
-        return cmd_serve(config, read)
+        return run_command(arguments)
     except ConfigError as error:
         print(
             "\n".join(f"{PROXY_NAME}: {fault}" for fault in error.faults),
             file=sys.stderr,
         )
         return 2
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Do what the command line asks for; raises ConfigError."""
+    if arguments.command == "selftest":
+        return cmd_selftest()
+    if arguments.command == "explain":
+        return cmd_explain(arguments)
+    if arguments.command in ("accounts", "stats", "analyze"):
+        config = with_database(find_account_config(arguments))
+        does = cmd_accounts if arguments.command == "accounts" else cmd_history
+        return does(arguments, config)
+    base = with_database(apply_overrides(find_config(arguments), arguments))
+    from_file = os.path.isfile(base.source)
+
+    def read_base() -> Config:
+        """Read again the file that was found at the start: no other takes its place."""
+        if not from_file:
+            return base
+        return with_database(apply_overrides(read_config_file(base.source), arguments))
+
+    return cmd_check(base) if arguments.check else cmd_serve(base, read_base)
 
 
 if __name__ == "__main__":

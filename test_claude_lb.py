@@ -23,13 +23,16 @@ import gc
 import gzip
 import hashlib
 import http.client
+import http.server
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import math
 import os
 import plistlib
+import pty
 import random
 import re
 import resource
@@ -38,6 +41,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import struct
@@ -46,6 +50,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -57,7 +62,32 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import pytest
 
 import claude_lb
-from claude_lb import AuthType, Lane, Outcome, Phase, Verdict
+from claude_lb import (
+    Account,
+    AccountBook,
+    AccountError,
+    AccountSettings,
+    AuthType,
+    Config,
+    ConfigError,
+    Lane,
+    Log,
+    LogSettings,
+    Outcome,
+    Phase,
+    ProviderError,
+    Renewer,
+    Secret,
+    Usage,
+    Verdict,
+    account_of,
+    endpoint_of_account,
+    new_login,
+    parse_config,
+    read_pasted,
+    read_token_reply,
+    with_accounts,
+)
 
 # ============================================================================
 # 1. SECTIONS
@@ -554,6 +584,13 @@ class TestConfigFaults:
             ("log", "color", True),
             ("log", "file", ""),
             ("log", "lifecycle", 1),
+            ("storage", "database", 5),
+            ("storage", "history", "no"),
+            ("storage", "retentionDays", 0),
+            ("storage", "maxRows", 1.5),
+            ("accounts", "names", "work"),
+            ("accounts", "tokenURL", "ftp://127.0.0.1/"),
+            ("accounts", "tickerMinutes", -1),
         ],
     )
     def test_a_fault_of_a_section_names_its_path(
@@ -715,6 +752,50 @@ class TestConfigFaults:
     def test_no_fault_shows_a_secret(self, raw: object) -> None:
         text = "\n".join(faults_of(raw))
         assert TOKEN[:20] not in text
+
+
+class TestConfigPlans:
+    def test_a_plan_gives_its_models_unless_the_endpoint_lists_some(self) -> None:
+        raw = {
+            "endpoints": [
+                item(name="pro", plan="pro"),
+                item(name="max", plan="max"),
+                item(name="team", plan="team"),
+                item(name="own", plan="team", models=["claude-haiku-*"]),
+            ],
+            "plans": {"team": ["*sonnet*", "!*-3-*"]},
+        }
+        models = {e.name: (e.plan, e.models) for e in load(raw).endpoints}
+        assert models == {
+            "pro": ("pro", ("!*opus*",)),
+            "max": ("max", ()),
+            "team": ("team", ("*sonnet*", "!*-3-*")),
+            "own": ("team", ("claude-haiku-*",)),
+        }
+
+    def test_a_plan_that_nobody_knows_gets_a_hint(self) -> None:
+        raw = [item(plan="consol")]
+        fault = "endpoints[0].plan: there is no plan consol (did you mean console?)"
+        assert faults_of(raw) == [fault]
+
+    @pytest.mark.parametrize("plans", [[], "pro", {"pro": "x"}, {"pro": [1]}])
+    def test_plans_that_are_none_are_faults(self, plans: object) -> None:
+        raw = {"endpoints": [item()], "plans": plans}
+        assert all(fault.startswith("plans") for fault in faults_of(raw))
+
+    def test_accounts_alone_are_a_configuration(self) -> None:
+        config = load({"accounts": {"names": ["work"]}, "storage": {"database": None}})
+        assert config.endpoints == ()
+        assert config.accounts is not None
+        assert config.accounts.names == ("work",)
+        assert config.storage.database is None
+        assert load([item()]).accounts is None
+        assert load([item()]).storage == claude_lb.StorageSettings()
+
+    def test_an_account_can_be_named_by_a_route(self) -> None:
+        routes = {"*opus*": [{"endpoint": "work"}]}
+        assert load({"accounts": {}, "routes": routes}).routes
+        assert faults_of({"endpoints": [item(name="a")], "routes": routes})
 
 
 class TestConfigCredentials:
@@ -2937,9 +3018,9 @@ def lives_of(
 
 
 def turn_of(
-    last: int = -1, chance: float = 0.0, threshold_ms: float = 50.0
+    last: int = -1, chance: float = 0.0, threshold_ms: float = 50.0, now: float = 0.0
 ) -> claude_lb.Turn:
-    return claude_lb.Turn(last, chance, threshold_ms)
+    return claude_lb.Turn(last, chance, threshold_ms, now)
 
 
 class TestStrategies:
@@ -2961,6 +3042,28 @@ class TestStrategies:
         lives = lives_of("abc")
         choose = claude_lb.STRATEGIES["priority"]
         assert choose(lives, turn_of(0)) is lives[1]
+
+    @pytest.mark.parametrize(
+        ("untils", "used", "chosen"),
+        [
+            ((-math.inf, 9000, 500), (9, 0, 0), "a"),  # not begun, however used it was
+            ((900, 20_000, 18_000), (9, 1, 0), "a"),  # over
+            ((19_000, 4600, 9000), (0, 9, 1), "b"),  # ends within the hour
+            ((19_000, 4601, 9000), (0, 9, 1), "a"),  # does not quite
+            ((19_000, 15_000, 9000), (3, 2, 5), "b"),  # the least used of the rest
+            ((4000, 3000, 3500), (7, 8, 6), "c"),  # of those that end soon, too
+        ],
+    )
+    def test_windows_are_begun_then_used_up(
+        self, untils: Sequence[float], used: Sequence[int], chosen: str
+    ) -> None:
+        lives = lives_of("abc", window_until=untils, window_used=used)
+        found = claude_lb.window(lives, turn_of(now=1000.0))
+        assert found.endpoint.name == chosen
+
+    def test_windows_that_are_alike_go_by_use_then_by_age(self) -> None:
+        lives = lives_of("abc", used=[2, 1, 1], used_at=[0.0, 5.0, 4.0])
+        assert claude_lb.window(lives, turn_of()).endpoint.name == "c"
 
     def test_random_follows_the_chance_given(self) -> None:
         lives = lives_of("abcd")
@@ -3107,12 +3210,42 @@ class TestRoutes:
         assert targets(config, None) == "b0"
         assert targets(load(raw[:1]), "gpt") == ""
 
+    @pytest.mark.parametrize(
+        ("patterns", "model", "served"),
+        [
+            ("", "x", True),
+            ("", None, True),
+            ("x", None, False),
+            ("!*opus*", "claude-opus-5-5", False),
+            ("!*opus*", "CLAUDE-OPUS-5-5", False),
+            ("!*opus*", "claude-sonnet-5-5", True),
+            ("!*opus*", "unheard-of", True),
+            ("!*opus*", None, True),
+            ("*5* !*opus*", "claude-opus-5-5", False),
+            ("*5* !*opus*", "claude-haiku-5-5", True),
+            ("*5* !*opus*", "claude-haiku-4", False),
+            ("*5* !*opus*", None, False),
+            ("!a !b", "b", False),
+            ("!a !b", "c", True),
+        ],
+    )
+    def test_patterns_with_a_mark_take_models_away(
+        self, patterns: str, model: str | None, served: bool
+    ) -> None:
+        assert claude_lb.serves_model(patterns.split(), model) is served
+        config = load([item(name="a", models=patterns.split())])
+        assert bool(targets(config, model)) is served
+
     def test_what_is_served_is_told(self) -> None:
         raw = {
             "endpoints": [item(name="a", models=["x", "y"]), item(name="b")],
             "routes": {"x": [{"endpoint": "a"}]},
         }
         assert claude_lb.served_models(load(raw)) == ("x", "y", "*")
+
+    def test_what_is_not_served_is_told(self) -> None:
+        raw = [item(models=["!*opus*", "!z"]), item(models=["x", "!y"])]
+        assert claude_lb.served_models(load(raw)) == ("all but *opus*, z", "x")
 
 
 # -- 10. failover ----------------------------------------------------------
@@ -3184,6 +3317,7 @@ EXPECTED: dict[str, tuple[claude_lb.Finding, str, str, str]] = {
     "payment": (answered(402), "ANOTHER", "ENDPOINT", "long!"),
     "login": (answered(401, "OAuth authentication is currently not supported."),
               "RELAY", "NONE", "0"),
+    "expired": (answered(401, renewable=True), "RENEW", "NONE", "0"),
     "credential": (answered(401), "ANOTHER", "ENDPOINT", "long!"),
     "forbidden": (answered(403), "ANOTHER", "MODEL", "long"),
     "no-model": (answered(404, "model: claude-x"), "ANOTHER", "MODEL", "long"),
@@ -3484,6 +3618,34 @@ class TestFailoverExhaustion:
         assert isinstance(kind, dict)
         assert kind["type"] == "permission_error"
 
+    def test_a_model_that_no_plan_has_is_told_as_users_of_accounts_know_it(
+        self,
+    ) -> None:
+        raw = [item(name="a", plan="pro"), item(name="b", models=["x"])]
+        nobody = claude_lb.Exhaustion(None, (), unserved=True)
+        endpoints = load(raw).endpoints
+        make = partial(claude_lb.refusal_for_exhaustion, endpoints=endpoints)
+        refusal = make("claude-opus-5-5", nobody, ("all but *opus*",))
+        assert refusal.status == 403
+        assert refusal.message == (
+            "No accounts support the requested model: claude-opus-5-5."
+            " Opus requires Max plan accounts."
+        )
+        assert refusal.facts == {
+            "requestedModel": "claude-opus-5-5",
+            "availableAccounts": [
+                {"name": "a", "plan": "pro", "models": ["!*opus*"]},
+                {"name": "b", "plan": None, "models": ["x"]},
+            ],
+        }
+        other = make("gpt", nobody, ()).message
+        assert other == "No accounts support the requested model: gpt."
+        document = json.loads(
+            claude_lb.error_answer(refusal, request_id="lb_1").partition(b"\r\n\r\n")[2]
+        )
+        assert document["error"]["type"] == "permission_error"
+        assert document["requestedModel"] == "claude-opus-5-5"
+
 
 class TestFailoverRefusals:
     @pytest.mark.parametrize(
@@ -3589,6 +3751,7 @@ class TestLogLines:
             "event": "exchange",
             **RECORD._asdict(),
             "ended": "ok",
+            "tried": [],
         }
 
     @pytest.mark.parametrize("form", ["text", "json"])
@@ -3979,6 +4142,42 @@ class TestPoolStrategies:
         assert turns(pool, 3) == "bbb"
         pool.settle(busy, None)
         assert turns(pool, 2) == "ab"
+
+    def test_a_window_begins_with_the_first_attempt_and_lasts_five_hours(self) -> None:
+        clock = Clock()
+        pool = pool_of("ab", balancing={"strategy": "window"}, clock=clock)
+        assert turns(pool, 4) == "abab"
+        clock.now += 4.5 * 3600
+        assert turns(pool, 2) == "ab"
+        clock.now += 3600
+        first = pool.snapshot().endpoints[0]
+        assert (first.window_used, first.window_s) == (3, -1800.0)
+        assert turns(pool, 1) == "a"
+        first = pool.snapshot().endpoints[0]
+        assert (first.window_used, first.window_s) == (1, claude_lb.WINDOW_S)
+
+    def test_a_stated_window_goes_before_our_own_count(self) -> None:
+        clock = Clock()
+        pool = pool_of("ab", balancing={"strategy": "window"}, clock=clock)
+        assert turns(pool, 2) == "ab"
+        reset = f"anthropic-ratelimit-unified-5h-reset: {time.time() + 1000:.0f}\r\n"
+        lease = take(pool, "a")
+        assert lease.endpoint.name == "b"
+        pool.gain(lease, 1.0, reset.encode())
+        pool.settle(lease, None)
+        assert turns(pool, 3) == "bbb"
+        left = [e.window_s for e in pool.snapshot().endpoints]
+        assert left == [pytest.approx(18_000.0), pytest.approx(1000.0, abs=2.0)]
+        clock.now += 1001
+        assert turns(pool, 1) == "b"  # over: it begins anew
+
+    def test_a_window_from_before_the_start_is_taken_over(self) -> None:
+        clock = Clock()
+        pool = pool_of("ab", balancing={"strategy": "window"}, clock=clock)
+        pool.recall("a", 9000.0, 7)
+        pool.recall("nobody", 9000.0, 7)
+        assert turns(pool, 2) == "bb"
+        assert pool.snapshot().endpoints[0].window_used == 7
 
     def test_headroom_goes_by_fresh_readings_only(self) -> None:
         clock = Clock()
@@ -5370,12 +5569,14 @@ def lab(
         found.check()
 
 
-def own_error(answer: Answer, status: int, kind: str) -> str:
+def own_error(
+    answer: Answer, status: int, kind: str, *, facts: Sequence[str] = ()
+) -> str:
     """Check an error of the proxy's own; return its message."""
     assert answer.status == status, answer
     assert answer.field("content-type") == "application/json"
     document = answer.json()
-    assert set(document) == {"type", "error", "request_id"}
+    assert set(document) == {"type", "error", "request_id", *facts}
     assert document["type"] == "error"
     assert set(document["error"]) == {"type", "message"}
     assert document["error"]["type"] == kind
@@ -10225,7 +10426,15 @@ IMPURE_MODULES = frozenset(
     ]
 )
 IMPURE_NAMES = frozenset({"print", "open", "input", "exec", "eval", "formatdate"})
-LOCK_OWNERS = {"Pool", "Workers", "BodyBudget", "Log"}
+LOCK_OWNERS = {
+    "AccountBook",
+    "BodyBudget",
+    "Log",
+    "Pool",
+    "Renewer",
+    "Workers",
+    "_Place",
+}
 MAX_FUNCTION_LINES = 60
 MAX_CLASS_LINES = 300
 LONG_BY_NATURE = {"build_parser"}
@@ -12694,7 +12903,8 @@ class TestOverRoutes:
         endpoint = {"baseURL": up.url, "models": ["claude-opus-*", "claude-haiku"]}
         proxy = lab.proxy(endpoint, routes={"fast": [{"endpoint": "up0"}]})
         answer = proxy.ask("POST", path, message(model="gpt-7"))
-        told = own_error(answer, 403, "permission_error")
+        facts = ("requestedModel", "availableAccounts")
+        told = own_error(answer, 403, "permission_error", facts=facts)
         names = ("gpt-7", "claude-opus-*", "claude-haiku", "fast")
         assert [name in told for name in names] == [True] * 4
         assert proxy.post(message(model="claude-opus-4")).status == 200
@@ -13981,3 +14191,1936 @@ class TestLongRun:
         told = collections.Counter(r["ended"] for r in proxy.rows(LONG_RUN + 200))
         total = warm_up + ended
         assert (told["ok"], told["truncated"]) == (total["right"], total["cut"])
+
+
+# ============================================================================
+# USAGE AND PRICES
+# ============================================================================
+
+OCTOBER_7 = 1_791_331_200  # 2026-10-07 00:00 UTC
+DATED_MODEL = "claude-sonnet-5-5-20261001"
+
+
+def event(name: str, data: dict[str, Any]) -> bytes:
+    body = json.dumps({"type": name, **data}, separators=(",", ":"))
+    return f"event: {name}\ndata: {body}\n\n".encode()
+
+
+def started(usage: object, model: object = DATED_MODEL) -> bytes:
+    message = {"id": "msg_1", "model": model, "content": [], "usage": usage}
+    return event("message_start", {"message": message})
+
+
+def changed(usage: object) -> bytes:
+    return event("message_delta", {"delta": {"stop_reason": "end"}, "usage": usage})
+
+
+def taken_in(parts: Iterable[bytes]) -> claude_lb.SseWatch:
+    watch = claude_lb.SseWatch()
+    for part in parts:
+        watch.feed(part)
+    return watch
+
+
+TEXT = event("content_block_delta", {"delta": {"text": "hi"}})
+STOP_EVENT = event("message_stop", {})
+FIRST = {
+    "input_tokens": 9,
+    "cache_creation_input_tokens": 30,
+    "cache_read_input_tokens": 5,
+    "cache_creation": {
+        "ephemeral_5m_input_tokens": 10,
+        "ephemeral_1h_input_tokens": 20,
+    },
+    "output_tokens": 1,
+    "service_tier": "standard",
+    "inference_geo": "us",
+}
+LAST = {
+    "input_tokens": None,
+    "output_tokens": 77,
+    "cache_read_input_tokens": 6,
+    "server_tool_use": {"web_search_requests": 2, "web_fetch_requests": 4},
+    "speed": "fast",
+}
+STREAM = (
+    started(FIRST) + TEXT + changed({"output_tokens": 50}) + changed(LAST) + STOP_EVENT
+)
+WHOLE = Usage(9, 77, 6, 10, 20, 2, "standard", "fast", "us")
+
+
+class TestUsageOfStreams:
+    @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+    @pytest.mark.parametrize("blank", [b": ", b":"], ids=["blank", "no blank"])
+    def test_the_last_value_of_each_field_counts_in_any_split(
+        self, end: bytes, blank: bytes
+    ) -> None:
+        stream = STREAM.replace(b"data: ", b"data" + blank)
+        stream = stream.replace(b"event: ", b"event" + blank).replace(b"\n", end)
+        for parts in all_splits(stream):
+            watch = taken_in(parts)
+            assert (watch.usage(), watch.model()) == (WHOLE, DATED_MODEL), len(parts[0])
+            assert watch.complete()
+
+    def test_events_without_names_are_understood_in_any_split(self) -> None:
+        lines = [x for x in STREAM.split(b"\n") if not x.startswith(b"event")]
+        for parts in all_splits(b"\n".join(lines)):
+            watch = taken_in(parts)
+            assert (watch.usage(), watch.model()) == (WHOLE, DATED_MODEL), len(parts[0])
+
+    def test_what_came_before_a_cut_is_known(self) -> None:
+        first = Usage(9, 1, 5, 10, 20, None, "standard", "", "us")
+        assert taken_in([started(FIRST) + TEXT + changed(LAST)[:-2]]).usage() == first
+        assert taken_in([started(FIRST)[:-2]]).usage() is None
+        assert taken_in([TEXT + STOP_EVENT]).usage() is None
+        assert taken_in([]).usage() is None
+        assert taken_in([TEXT]).model() == ""
+
+    @pytest.mark.parametrize(
+        ("says", "writes"),
+        [
+            ([{"cache_creation_input_tokens": 30}], (30, None)),
+            ([FIRST, {"cache_creation_input_tokens": 99}], (10, 20)),
+            ([{"cache_creation_input_tokens": 9}, FIRST], (10, 20)),
+            ([{"cache_creation_input_tokens": 9, "cache_creation": None}], (9, None)),
+            ([{"cache_creation_input_tokens": 9, "cache_creation": [5]}], (9, None)),
+            ([{"cache_creation": {"ephemeral_1h_input_tokens": 7}}], (None, 7)),
+            (
+                [
+                    {"cache_creation_input_tokens": 1},
+                    {"cache_creation_input_tokens": 2},
+                ],
+                (2, None),
+            ),
+            ([{"input_tokens": 1, "ephemeral_1h_input_tokens": 7}], (None, None)),
+        ],
+    )
+    def test_writes_are_split_as_said_else_they_are_for_5_minutes(
+        self, says: list[dict[str, Any]], writes: tuple[int | None, int | None]
+    ) -> None:
+        usage = taken_in([changed(said) for said in says]).usage()
+        assert usage is not None
+        assert (usage.cache_write_5m_tokens, usage.cache_write_1h_tokens) == writes
+
+    @pytest.mark.parametrize(
+        "value",
+        ["5", -1, True, False, 1.0, 1e3, 10**10, 10**30, [], [1], {}, {"a": 1}, None],
+        ids=str,
+    )
+    def test_a_count_that_is_none_was_not_said(self, value: object) -> None:
+        bad = {k: value for k in FIRST if k.endswith("tokens")}
+        bad["cache_creation"] = {"ephemeral_5m_input_tokens": value}
+        bad["server_tool_use"] = {"web_search_requests": value}
+        assert taken_in([started(bad)]).usage() is None
+        assert taken_in([STREAM, changed(bad)]).usage() == WHOLE
+
+    @pytest.mark.parametrize(
+        "value", ["", "a b", "x" * 33, "\n", "\u00e9", 5, True, ["us"], {"a": "us"}]
+    )
+    def test_a_text_that_is_not_short_and_plain_was_not_said(
+        self, value: object
+    ) -> None:
+        bad = {"service_tier": value, "speed": value, "inference_geo": value}
+        assert taken_in([started(bad)]).usage() is None
+        assert taken_in([STREAM, changed(bad)]).usage() == WHOLE
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"{",
+            b"[]",
+            b"5",
+            b'"message_start"',
+            b'{"type":"message_start"}',
+            b'{"type":"message_start","message":[]}',
+            b'{"type":"message_start","message":{"usage":[],"model":5}}',
+            b'{"type":"message_delta","usage":"x"}',
+            b'{"type":["message_delta"],"usage":{"input_tokens":5}}',
+            b'{"type":"ping","usage":{"input_tokens":5},"x":"message_delta"}',
+            b'{"type":"message_delta","usage":{"input_tokens":NaN}}',
+            b'{"type":"message_delta","usage":' + b"[" * 20_000,
+            b'{"type":"message_delta","usage":{"input_tokens":"\xff\xfe"}}',
+        ],
+    )
+    def test_nonsense_says_nothing(self, data: bytes) -> None:
+        nonsense = b"event: message_delta\ndata: %b\n\n" % data
+        watch = taken_in([nonsense])
+        assert (watch.usage(), watch.model()) == (None, "")
+        watch = taken_in([STREAM, nonsense])
+        assert (watch.usage(), watch.model()) == (WHOLE, DATED_MODEL)
+
+    def test_what_the_model_writes_is_not_usage(self) -> None:
+        fake = changed({"input_tokens": 666}).decode()
+        inside = {"usage": {"input_tokens": 5}, "type": "message_delta", "text": fake}
+        quoted = event("content_block_delta", {"delta": inside, "message_start": 1})
+        for parts in all_splits(started(FIRST) + quoted + changed(LAST)):
+            assert taken_in(parts).usage() == Usage(
+                9, 77, 6, 10, 20, 2, "standard", "fast", "us"
+            ), len(parts[0])
+
+    def test_a_model_that_is_no_short_text_is_not_named(self) -> None:
+        for model in (None, 5, "x" * 257, "a\nb", ["x"], ""):
+            assert taken_in([started(FIRST, model)]).model() == "", model
+
+    @pytest.mark.parametrize("size", [1, 100, 4096, 70_000])
+    def test_what_is_held_is_bounded(self, size: int) -> None:
+        data = b'event: message_start\ndata: {"type":"message_start","x":"'
+        data += b"message_ " * 30_000
+        watch, most = claude_lb.SseWatch(), 0
+        for i in range(0, len(data), size):
+            watch.feed(data[i : i + size])
+            most = max(most, len(watch._held))
+        assert 0 < most <= 64 * 1024 or size > 64 * 1024
+        watch.feed(b'"}\n\n' + STREAM)
+        assert (watch.usage(), len(watch._held)) == (WHOLE, 0)
+
+    def test_an_event_may_be_long_while_it_comes(self) -> None:
+        padding = {"text": "x" * 60_000}
+        stream = event("message_delta", {"delta": padding, "usage": LAST})
+        for size in (1, 1000, len(stream)):
+            parts = [stream[i : i + size] for i in range(0, len(stream), size)]
+            usage = taken_in(parts).usage()
+            assert usage is not None
+            assert usage.output_tokens == 77
+
+
+def body_of(members: Iterable[tuple[str, Any]]) -> bytes:
+    return json.dumps(dict(members), separators=(",", ":")).encode()
+
+
+def answer(content: object, **more: object) -> bytes:
+    said = {**FIRST, **{k: v for k, v in LAST.items() if v is not None}}
+    start = {
+        "model": DATED_MODEL,
+        "id": "msg_1",
+        "content": content,
+        "stop_reason": "x",
+    }
+    return body_of([*start.items(), ("usage", said), *more.items()])
+
+
+def read(parts: Iterable[bytes], lane: Lane = Lane.MESSAGES) -> claude_lb.JsonWatch:
+    watch = claude_lb.JsonWatch(lane)
+    for part in parts:
+        watch.feed(part)
+    return watch
+
+
+FAKE = {"usage": {"input_tokens": 666}, "model": "fake"}
+FAKES = [
+    {"type": "text", "text": '"usage": {"input_tokens": 666}, "model": "fake"}'},
+    {"type": "text", "text": ',"usage":{"input_tokens":666}}'},
+    {"type": "text", "text": '{"usage":{"input_tokens":666}}\\'},
+    {"type": "tool_use", "input": FAKE},
+    {"type": "tool_use", "input": {"a": [FAKE], 'b"usage': {"input_tokens": 666}}},
+]
+
+
+class TestUsageOfAnswers:
+    def test_usage_and_model_are_found_in_any_split(self) -> None:
+        for body in (answer([]), answer(FAKES), answer(FAKES, stop=None, n=5)):
+            for parts in all_splits(body):
+                watch = read(parts)
+                assert (watch.usage(), watch.model()) == (WHOLE, DATED_MODEL), len(
+                    parts[0]
+                )
+
+    def test_blanks_change_nothing(self) -> None:
+        for indent in (0, 1, 4):
+            body = json.dumps(json.loads(answer(FAKES)), indent=indent).encode()
+            assert read([b"\n " + body + b"\r\n"]).usage() == WHOLE
+            assert read([body]).model() == DATED_MODEL
+
+    @pytest.mark.parametrize("size", [1, 1000, 65_536, 1_000_000])
+    def test_a_long_answer_is_known_by_its_two_ends(self, size: int) -> None:
+        body = answer([*FAKES, {"type": "text", "text": "x" * 150_000}])
+        watch = read(body[i : i + size] for i in range(0, len(body), size))
+        assert (watch.usage(), watch.model()) == (WHOLE, DATED_MODEL)
+        assert len(watch._seen) == 64 * 1024
+        assert len(watch._ending) == 4096
+
+    @pytest.mark.parametrize("fake", FAKES)
+    def test_what_stands_in_the_content_does_not_fool_it(self, fake: object) -> None:
+        for filling in ("", "x" * 150_000):
+            content = [{"text": filling}, fake]
+            for members in (
+                [("content", content)],
+                [("content", content), ("stop_reason", "x")],
+                [("stop", "usage"), ("content", content)],
+            ):
+                watch = read([body_of(members)])
+                assert (watch.usage(), watch.model()) == (None, ""), members
+
+    def test_nested_usage_behind_it_does_not_hide_it(self) -> None:
+        body = answer([], context={"usage": {"input_tokens": 666}})
+        for parts in all_splits(body):
+            assert read(parts).usage() == WHOLE
+
+    def test_behind_something_nested_it_is_known_only_of_a_body_held_whole(
+        self,
+    ) -> None:
+        nested: dict[str, list[int]] = {"applied_edits": []}
+        assert read([answer([], context=nested)]).usage() == WHOLE
+        long = ["x" * 70_000]
+        assert read([answer(long, context=nested)]).usage() is None
+
+    def test_members_may_stand_in_any_order(self) -> None:
+        members = [("usage", FIRST), ("content", FAKES), ("model", "m")]
+        watch = read([body_of(members)])
+        first = Usage(9, 1, 5, 10, 20, None, "standard", "", "us")
+        assert (watch.usage(), watch.model()) == (first, "m")
+        members[1:1] = [("x", ["x" * 70_000])]
+        watch = read([body_of(members)])
+        assert (watch.usage(), watch.model()) == (None, "")
+
+    def test_what_is_cut_or_no_object_says_nothing(self) -> None:
+        body = answer(FAKES[:3])
+        for end in range(len(body)):
+            assert read([body[:end]]).usage() is None, end
+        for other in (b"", b"[]", b"5", b'{"usage":5}', b'{"usage":{}}', b"[" * 9000):
+            watch = read([other])
+            assert (watch.usage(), watch.model()) == (None, "")
+        assert read([b"[" + body + b"]"]).usage() is None
+
+    def test_only_messages_have_usage(self) -> None:
+        for lane in (Lane.COUNT, Lane.FIXED):
+            watch = read([answer([])], lane)
+            assert (watch.usage(), watch.model()) == (None, "")
+
+    def test_watches_are_made_for_what_can_be_read(self) -> None:
+        for kind in (b"text/event-stream", b"application/json"):
+            head = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n\r\n" % kind
+            watch = claude_lb.watch_for(
+                claude_lb.parse_answer_head(head, "POST"), Lane.MESSAGES
+            )
+            assert watch is not None
+            watch.feed(STREAM if b"event" in kind else answer(FAKES))
+            assert (watch.usage(), watch.model()) == (WHOLE, DATED_MODEL)
+
+
+class TestAskedModel:
+    @pytest.mark.parametrize(
+        ("body", "model"),
+        [
+            (b'{"model":"m","messages":[]}', "m"),
+            (b' {"max_tokens" : 5 ,\n "model" : "m" , "messages":[]} ', "m"),
+            (b'{"messages":[{"model":"fake"}],"model":"m"}', "m"),
+            (b'{"system":"\\",\\"model\\":\\"fake","model":"m"}', "m"),
+            (b'{"model":"a","model":"b"}', "b"),
+            (b'{"model":"caf\\u00e9"}', "caf\u00e9"),
+            ('{"model":"caf\u00e9"}'.encode(), "caf\u00e9"),
+            (b'{"model":null}', None),
+            (b'{"model":5}', None),
+            (b'{"model":""}', None),
+            (b'{"model":"a\\nb"}', None),
+            (b'{"model":"%b"}' % (b"x" * 257), None),
+            (b'{"messages":[{"model":"fake"}]}', None),
+            (b'{"model":"m"', None),
+            (b'["model","m"]', None),
+            (b"", None),
+            (b'{"model":"\xff"}', None),
+        ],
+    )
+    def test_a_short_body_is_read_exactly(self, body: bytes, model: str | None) -> None:
+        assert claude_lb.asked_model(body) == model
+        assert claude_lb.asked_model(bytearray(body)) == model
+
+    @pytest.mark.parametrize(
+        ("start", "model"),
+        [
+            (b'{"model":"m",', "m"),
+            (
+                b' {\n "max_tokens": 5, "stream" :true, "x":"\\"{[", "model" : "m" ,',
+                "m",
+            ),
+            (b'{"a":null,"b":-1.5e3,"model":"m",', "m"),
+            (b'{"a":["model","x"],"model":"m",', None),
+            (b'{"a":{"model":"fake"},"model":"m",', None),
+            (b'{"a":"\\",\\"model\\":\\"fake\\",",', None),
+            (b'{"a":"model","model":["m"],', None),
+            (b'{"a":"model","model":"m",', "m"),
+            (b'{"model":5,', None),
+            (b'{"model":"m\\"x",', None),
+            (b'["model":"m",', None),
+            (b'{"a":"%b","model":"m",' % (b"x" * 5000), None),
+            (b"{" + b'"n":5,' * 2000 + b'"model":"m",', None),
+        ],
+    )
+    def test_of_a_long_body_only_the_start_is_read(
+        self, start: bytes, model: str | None
+    ) -> None:
+        body = start + b'"messages":[%b0],"model":"late"}' % (b"0," * 4000)
+        assert claude_lb.asked_model(body) == model
+        assert claude_lb.asked_model(bytearray(body)) == model
+
+
+# USD for 100,000 tokens: input, output, 5 m write, 1 h write, read
+COSTS = {
+    "claude-fable-5-1": (1.0, 5.0, 1.25, 2.0, 0.025),
+    "claude-mythos-5-1": (1.0, 5.0, 1.25, 2.0, 0.025),
+    "claude-fable-5": (1.0, 5.0, 1.25, 2.0, 0.1),
+    "claude-mythos-5": (1.0, 5.0, 1.25, 2.0, 0.1),
+    "claude-opus-5-5": (0.4, 2.0, 0.5, 0.8, 0.02),
+    "claude-opus-5": (0.5, 2.5, 0.625, 1.0, 0.05),
+    "claude-opus-4-8": (0.5, 2.5, 0.625, 1.0, 0.05),
+    "claude-opus-4-7": (0.5, 2.5, 0.625, 1.0, 0.05),
+    "claude-opus-4-6": (0.5, 2.5, 0.625, 1.0, 0.05),
+    "claude-opus-4-5-20251101": (0.5, 2.5, 0.625, 1.0, 0.05),
+    "claude-opus-4-1-20250805": (1.5, 7.5, 1.875, 3.0, 0.15),
+    "claude-opus-4-20250514": (1.5, 7.5, 1.875, 3.0, 0.15),
+    "claude-sonnet-5-5": (0.2, 1.0, 0.25, 0.4, 0.01),
+    "claude-sonnet-5": (0.2, 1.0, 0.25, 0.4, 0.02),
+    "claude-sonnet-4-6": (0.3, 1.5, 0.375, 0.6, 0.03),
+    "claude-sonnet-4-5-20250929": (0.3, 1.5, 0.375, 0.6, 0.03),
+    "claude-haiku-5-5": (0.01, 0.05, 0.0125, 0.02, 0.001),
+    "claude-haiku-4-5-20251001": (0.1, 0.5, 0.125, 0.2, 0.01),
+}
+# USD for the mixed answer
+MIXED = Usage(1000, 2000, 30_000, 4000, 500)
+MIXED_COSTS = {
+    "claude-fable-5-1": 0.1775,
+    "claude-mythos-5-1": 0.1775,
+    "claude-fable-5": 0.2,
+    "claude-mythos-5": 0.2,
+    "claude-opus-5-5": 0.074,
+    "claude-opus-5": 0.1,
+    "claude-opus-4-8": 0.1,
+    "claude-opus-4-7": 0.1,
+    "claude-opus-4-6": 0.1,
+    "claude-opus-4-5": 0.1,
+    "claude-opus-4-1": 0.3,
+    "claude-opus-4": 0.3,
+    "claude-sonnet-5-5": 0.037,
+    "claude-sonnet-5": 0.04,
+    "claude-sonnet-4-6": 0.06,
+    "claude-sonnet-4-5": 0.06,
+    "claude-haiku-5-5": 0.002,
+    "claude-haiku-4-5": 0.02,
+}
+
+
+def cost(model: str, usage: Usage, at_s: float = OCTOBER_7) -> float | None:
+    return claude_lb.cost_usd(model, usage, at_s)
+
+
+def about(usd: float) -> Any:
+    return pytest.approx(usd, abs=1e-9, rel=0)
+
+
+class TestCost:
+    @pytest.mark.parametrize("model", COSTS)
+    def test_each_part_has_its_price(self, model: str) -> None:
+        parts = (
+            Usage(input_tokens=100_000),
+            Usage(output_tokens=100_000),
+            Usage(cache_write_5m_tokens=100_000),
+            Usage(cache_write_1h_tokens=100_000),
+            Usage(cache_read_tokens=100_000),
+        )
+        for usage, usd in zip(parts, COSTS[model]):
+            assert cost(model, usage) == about(usd), usage
+
+    @pytest.mark.parametrize("model", MIXED_COSTS)
+    def test_an_answer_costs_the_sum_of_its_parts(self, model: str) -> None:
+        assert cost(model, MIXED) == about(MIXED_COSTS[model])
+
+    def test_every_model_of_the_table_is_tried_here(self) -> None:
+        assert {p.model for p in claude_lb.PRICES} == set(MIXED_COSTS)
+
+    def test_newest_and_shortest_come_first(self) -> None:
+        rows = list(claude_lb.PRICES)
+        for before, row in zip(rows, rows[1:]):
+            if before.model == row.model:
+                assert (before.since, -before.most_prompt) > (
+                    row.since,
+                    -row.most_prompt,
+                )
+
+    @pytest.mark.parametrize(
+        ("usage", "usd"),
+        [
+            (Usage(input_tokens=100_000, output_tokens=1000), 0.0105),
+            (Usage(input_tokens=100_001, output_tokens=1000), 0.0525005),
+            (Usage(60_000, 0, 30_000, 10_000, 0), 0.00755),
+            (Usage(60_000, 0, 30_000, 10_000, 1), None),
+            (Usage(60_000, 0, 40_001, 0, 0), None),
+            (Usage(10, 200_000, 0, 0, 0), 0.100001),
+            (Usage(200_000, 100, 0, 0, 0), 0.10025),
+        ],
+    )
+    def test_haiku_55_costs_more_for_long_prompts(
+        self, usage: Usage, usd: float | None
+    ) -> None:
+        want = None if usd is None else about(usd)
+        assert cost("claude-haiku-5-5", usage) == want
+
+    def test_sonnet_55_reads_cost_half_from_october_7_on(self) -> None:
+        usage = Usage(1000, 1000, 1_000_000)
+        for at_s, usd in (
+            (OCTOBER_7 - 86_400, 0.212),
+            (OCTOBER_7 - 0.001, 0.212),
+            (OCTOBER_7, 0.112),
+            (OCTOBER_7 + 0.001, 0.112),
+            (OCTOBER_7 + 9e8, 0.112),
+        ):
+            assert cost("claude-sonnet-5-5", usage, at_s) == about(usd), at_s
+        assert cost("claude-sonnet-5-5", usage, math.nan) is None
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "claude-sonnet-4-5",
+            "claude-sonnet-4-5-20250929",
+            "claude-sonnet-4-5@20250929",
+            "claude-sonnet-4-5@default",
+            "anthropic/claude-sonnet-4-5",
+            "openrouter/anthropic/claude-sonnet-4-5",
+            "vertex_ai/claude-sonnet-4-5@20250929",
+            "publishers/anthropic/models/claude-sonnet-4-5@20250929",
+            "anthropic.claude-sonnet-4-5-20250929-v1:0",
+            "us.anthropic.claude-sonnet-4-5-20250929-v1:0",
+            "us-gov.anthropic.claude-sonnet-4-5-20250929-v1:0",
+            "global.anthropic.claude-sonnet-4-5-20250929-v1:0",
+            "apac.anthropic.claude-sonnet-4-5-v1",
+            "bedrock/eu.anthropic.claude-sonnet-4-5-20250929-v1:0",
+            "arn:aws:bedrock:us-east-1:123456789012:inference-profile/"
+            "us.anthropic.claude-sonnet-4-5-20250929-v1:0",
+        ],
+    )
+    def test_one_model_has_many_names(self, name: str) -> None:
+        assert cost(name, MIXED) == about(0.06)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "",
+            "claude",
+            "gpt-5",
+            "claude-opus-5-5-foo",
+            "claude-opus-5-5-20261001-foo",
+            "claude-opus-5-50",
+            "claude-opus-6",
+            "claude-opus-5-5-5",
+            "claude-opus-5-5-2026",
+            "claude-opus-5-5 ",
+            "claude-opus-5-5\n",
+            "CLAUDE-OPUS-5-5",
+            "my-claude-opus-5-5",
+            "other/claude-opus-5-5",
+            "notanthropic/claude-opus-5-5",
+            "us.claude-opus-5-5",
+            "claude-fable-5-2",
+            "claude-mythos-5-2",
+            "claude-sonnet-4-20250514",
+            "claude-3-5-haiku-20241022",
+            "/" * 5000,
+            "claude-opus-\u0665",
+        ],
+    )
+    def test_an_unknown_model_has_no_cost(self, name: str) -> None:
+        assert cost(name, MIXED) is None
+
+    @pytest.mark.parametrize(
+        ("model", "usage", "usd"),
+        [
+            ("claude-opus-5", MIXED._replace(service_tier="standard"), 0.1),
+            ("claude-opus-5", MIXED._replace(service_tier="batch"), 0.05),
+            ("claude-opus-5", MIXED._replace(service_tier="priority"), None),
+            ("claude-opus-5", MIXED._replace(service_tier="new"), None),
+            ("claude-opus-5", MIXED._replace(inference_geo="us"), 0.11),
+            ("claude-opus-5", MIXED._replace(inference_geo="global"), 0.1),
+            ("claude-opus-5", MIXED._replace(inference_geo="not_available"), 0.1),
+            ("claude-opus-5", MIXED._replace(inference_geo="moon"), None),
+            ("claude-opus-4-6", MIXED._replace(inference_geo="us"), 0.11),
+            ("claude-sonnet-4-6", MIXED._replace(inference_geo="us"), 0.066),
+            ("claude-opus-4-5", MIXED._replace(inference_geo="us"), 0.1),
+            ("claude-sonnet-4-5", MIXED._replace(inference_geo="us"), 0.06),
+            ("claude-haiku-4-5", MIXED._replace(inference_geo="us"), 0.02),
+            (
+                "claude-opus-5",
+                MIXED._replace(service_tier="batch", inference_geo="us"),
+                0.055,
+            ),
+            ("claude-opus-5", MIXED._replace(speed="standard"), 0.1),
+            ("claude-opus-5", MIXED._replace(speed="fast"), None),
+            ("claude-opus-5", Usage(1000, 2000, speed="fast"), 0.11),
+            ("claude-opus-4-8", Usage(1000, 2000, 0, 0, 0, speed="fast"), 0.11),
+            ("claude-opus-5", Usage(1000, 2000, 1, speed="fast"), None),
+            ("claude-opus-5", Usage(1000, speed="fast", service_tier="batch"), None),
+            ("claude-opus-5-5", Usage(1000, 2000, speed="fast"), None),
+            ("claude-opus-5", Usage(1000, 2000, speed="slow"), None),
+            ("claude-opus-5", MIXED._replace(web_searches=3), 0.13),
+            ("claude-opus-5", MIXED._replace(web_searches=0), 0.1),
+            (
+                "claude-opus-5",
+                MIXED._replace(web_searches=1000, service_tier="batch"),
+                10.05,
+            ),
+            ("claude-opus-5", Usage(0, 0), 0.0),
+            ("claude-opus-5", Usage(), None),
+            ("claude-opus-5", Usage(web_searches=5, service_tier="batch"), None),
+        ],
+    )
+    def test_modifiers_count_where_the_usage_says_them(
+        self, model: str, usage: Usage, usd: float | None
+    ) -> None:
+        assert cost(model, usage) == (None if usd is None else about(usd))
+
+    def test_a_stream_s_cost_is_that_of_its_last_counts(self) -> None:
+        said = {"input_tokens": 1000, "output_tokens": 3, "speed": "standard"}
+        watch = taken_in(
+            [started(said), TEXT, changed({"output_tokens": 2000}), STOP_EVENT]
+        )
+        usage = watch.usage()
+        assert usage is not None
+        assert cost(watch.model(), usage) == about(0.022)
+
+
+# ============================================================================
+# ACCOUNTS
+# ============================================================================
+
+CANARY = "canary"  # stands in every token that the provider makes
+
+
+class Provider(http.server.ThreadingHTTPServer):
+    """A scripted OAuth provider: single-use refresh tokens, families, odd answers."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ProviderHandler)
+        self.lock = threading.Lock()
+        self.codes: dict[str, dict[str, str]] = {}
+        self.live: dict[str, int] = {}  # refresh token -> family
+        self.used: dict[str, int] = {}
+        self.revoked: set[int] = set()
+        self.made = 0
+        self.asked: list[tuple[str, dict[str, str], dict[str, Any]]] = []
+        self.script: list[str] = []  # odd answers to the next requests
+        self.scope: str | None = None
+        self.slow = threading.Event()  # set: slow answers may go
+        self.waiting = threading.Event()  # a slow answer is due
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def settings(self) -> AccountSettings:
+        return (
+            parse_config(
+                json.dumps(self.config("unused.db")),
+                name="x",
+                source=claude_lb._Environment(),
+            ).accounts
+            or AccountSettings()
+        )
+
+    def config(self, database: str | None) -> dict[str, Any]:
+        return {
+            "accounts": {
+                "baseURL": self.url,
+                "authorizeURL": f"{self.url}/authorize",
+                "consoleAuthorizeURL": f"{self.url}/console",
+                "tokenURL": f"{self.url}/token",
+                "redirectURL": f"{self.url}/shown",
+                "apiKeyURL": f"{self.url}/key",
+            },
+            "storage": {"database": database},
+        }
+
+    def allow(self, address: str) -> tuple[str, str, str]:
+        """Do what the login page does; return (code, state, redirect URI)."""
+        query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(address).query))
+        with self.lock:
+            self.made += 1
+            code = f"code-{CANARY}-{self.made}"
+            self.codes[code] = query
+            self.scope = query["scope"]
+        return code, query["state"], query["redirect_uri"]
+
+    def tokens(self, family: int | None = None, **more: Any) -> dict[str, Any]:
+        with self.lock:
+            self.made += 1
+            family = self.made if family is None else family
+            refresh = f"sk-ant-ort01-{CANARY}-{self.made}"
+            self.live[refresh] = family
+            return {
+                "access_token": f"sk-ant-oat01-{CANARY}-{self.made}",
+                "refresh_token": refresh,
+                "expires_in": 28_800,
+                "token_type": "Bearer",
+                "scope": self.scope or "user:profile user:inference",
+                **more,
+            }
+
+    def count(self, grant: str = "refresh_token") -> int:
+        return sum(body.get("grant_type") == grant for _, _, body in self.asked)
+
+
+class ProviderHandler(http.server.BaseHTTPRequestHandler):
+    server: Provider
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def answer(self, status: int, document: Any, **fields: str) -> None:
+        data = (
+            document if isinstance(document, bytes) else json.dumps(document).encode()
+        )
+        self.send_response(status)
+        for name, value in fields.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, dict(self.headers), {}))
+        self.answer(200, self.server.tokens())  # where a redirect would lead
+
+    def do_POST(self) -> None:
+        server = self.server
+        raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = json.loads(raw) if raw else {}
+        server.asked.append((self.path, dict(self.headers), body))
+        odd = server.script.pop(0) if server.script else ""
+        if odd == "500":
+            self.answer(500, {"error": "server_error", "echo": body})
+        elif odd == "invalid_grant":
+            text = f"{body.get('refresh_token')} is not valid"
+            self.answer(400, {"error": "invalid_grant", "error_description": text})
+        elif odd == "garbage":
+            self.answer(200, b"<html>" + raw)
+        elif odd == "long":
+            self.answer(200, b" " * 70_000 + b"{}")
+        elif odd == "redirect":
+            self.answer(307, {}, Location=f"{server.url}/elsewhere")
+        elif odd == "hang up":
+            self.connection.close()
+        elif self.path == "/key":
+            self.answer(200, {"raw_key": f"sk-ant-api03-{CANARY}"})
+        else:
+            if odd == "slow":
+                server.waiting.set()
+                server.slow.wait(10)
+            more = {"refresh_token": None} if odd == "no refresh token" else {}
+            self.grant(body, more)
+
+    def grant(self, body: dict[str, Any], more: dict[str, Any]) -> None:
+        server = self.server
+        if body["grant_type"] == "authorization_code":
+            login = server.codes.pop(body["code"], {})
+            digest = hashlib.sha256(body["code_verifier"].encode()).digest()
+            challenge = base64.urlsafe_b64encode(digest).decode().rstrip("=")
+            if challenge == login.get("code_challenge") and all(
+                login[n] == body[n] for n in ("state", "redirect_uri", "client_id")
+            ):
+                self.answer(200, server.tokens(**more))
+            else:
+                self.answer(401, {"error": {"type": "authentication_error"}})
+            return
+        token = body["refresh_token"]
+        with server.lock:
+            family = server.live.pop(token, None)
+            if family is None and token in server.used:  # used twice: all are revoked
+                server.revoked.add(server.used[token])
+            else:
+                server.used[token] = family or 0
+        if family is None or family in server.revoked:
+            self.answer(400, {"error": "invalid_grant"})
+        else:
+            self.answer(200, server.tokens(family, **more))
+
+
+@pytest.fixture
+def idp() -> Iterator[Provider]:
+    server = Provider()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.slow.set()
+    server.shutdown()
+    server.server_close()
+
+
+class Lines(Log):
+    """A log that keeps its lines."""
+
+    def __init__(self) -> None:
+        super().__init__(LogSettings(level="debug"))
+        self.lines: list[str] = []
+
+    def _write(self, line: str) -> None:
+        self.lines.append(line)
+
+    def __contains__(self, text: str) -> bool:
+        return any(text in line for line in self.lines)
+
+
+class Desk:
+    """A book, a renewer and a provider in one folder."""
+
+    def __init__(self, idp: Provider, folder: Path) -> None:
+        self.provider = idp
+        self.folder = folder
+        self.path = str(folder / "state" / "lb.db")
+        self.log = Lines()
+        self.epoch = time.time()
+        self.book = AccountBook(
+            self.path, idp.settings(), self.log, clock=lambda: self.epoch
+        )
+        self.renewer = Renewer(self.book, self.log, lambda job: job())
+
+    def account(self, name: str = "work", **more: Any) -> Account:
+        """Store an account whose token has just expired."""
+        tokens = self.provider.tokens()
+        made = Account(
+            os.urandom(16).hex(),
+            name,
+            "max",
+            refresh_token=Secret(tokens["refresh_token"]),
+            access_token=Secret(tokens["access_token"]),
+            expires_at=self.epoch - 1,
+            created_at=self.epoch,
+        )._replace(**more)
+        self.book.add(made)
+        self.book.poll()
+        return self.book.account(made.id)
+
+    def renew(self, account: Account) -> tuple[Secret | None, str]:
+        came: list[tuple[Secret | None, str]] = []
+        self.renewer.renew(
+            account.id, account.access_token, lambda *ended: came.append(ended)
+        )
+        assert len(came) == 1
+        return came[0]
+
+    def later(self) -> None:
+        """Let the pauses between two refreshes pass."""
+        self.epoch += 3600
+        self.renewer._not_before.clear()
+
+    def row(self, account: Account) -> dict[str, Any]:
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.row_factory = sqlite3.Row
+            select = "SELECT * FROM accounts WHERE id=?"
+            return dict(db.execute(select, (account.id,)).fetchone() or {})
+
+
+@pytest.fixture
+def desk(idp: Provider, tmp_path: Path) -> Desk:
+    return Desk(idp, tmp_path)
+
+
+def login(mode: str = "max", **more: Any) -> claude_lb.Login:
+    options = {"random": bytes(range(64)), "key": False, "redirect": "", **more}
+    return new_login(AccountSettings(), mode, **options)
+
+
+class TestLogin:
+    def test_the_address_has_the_query_in_the_documented_order(self) -> None:
+        parts = urllib.parse.urlsplit(claude_lb.login_url(login()))
+        query = urllib.parse.parse_qsl(parts.query)
+        assert [name for name, _ in query] == [
+            *("code", "client_id", "response_type", "redirect_uri", "scope"),
+            *("code_challenge", "code_challenge_method", "state"),
+        ]
+        found = dict(query)
+        verifier = login().verifier.reveal()
+        digest = hashlib.sha256(verifier.encode()).digest()
+        whole = base64.urlsafe_b64decode(found["code_challenge"] + "=")
+        assert whole == digest
+        assert base64.urlsafe_b64decode(verifier + "=") == bytes(range(32))
+        assert found["code_challenge_method"] == "S256"
+        assert found["scope"] == "user:profile user:inference"
+
+    def test_the_challenge_is_that_of_the_rfc(self) -> None:
+        verifier = "dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk"  # RFC 7636, B
+        known = login()._replace(verifier=Secret(verifier))
+        assert (
+            "code_challenge=E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM&"
+            in claude_lb.login_url(known)
+        )
+
+    def test_the_state_is_not_the_verifier(self) -> None:
+        assert login().state != login().verifier
+
+    def test_modes_have_pages_and_scopes_of_their_own(self) -> None:
+        assert login("console").address != login("max").address
+        assert login("console").scopes == ("org:create_api_key", "user:profile")
+
+    def test_an_api_key_needs_the_right_to_make_one(self) -> None:
+        assert "org:create_api_key" in login(key=True).scopes
+
+    def test_what_was_pasted_gives_its_code(self) -> None:
+        state = Secret("s1")
+        assert read_pasted("  c1#s1 \n", state) == "c1"
+        assert read_pasted("https://x/callback?code=c1&state=s1", state) == "c1"
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "c1",
+            "c1#",
+            "#s1",
+            "c1#s2",
+            "c1#s1x",
+            "c 1#s1",
+            "c1#\xe9",
+            "https://x/#s1",
+            "https://x/cb?code=c1",
+            "https://x/cb?code=c1&state=s2",
+            "https://[/?code=c",
+        ],
+    )
+    def test_another_login_s_answer_is_refused(self, text: str) -> None:
+        with pytest.raises(AccountError):
+            read_pasted(text, Secret("s1"))
+
+
+class TestTokenReply:
+    def read(self, **reply: Any) -> claude_lb.Tokens:
+        return read_token_reply(json.dumps(reply).encode(), 1000.0)
+
+    def test_a_whole_reply(self) -> None:
+        got = self.read(access_token="a", refresh_token="r", expires_in=60, scope="x y")
+        assert got == (Secret("a"), Secret("r"), 1060.0, ("x", "y"))
+
+    def test_the_refresh_token_may_be_absent(self) -> None:
+        assert self.read(access_token="a", expires_in=60).refresh is None
+
+    @pytest.mark.parametrize("odd", [None, 0, -5, True, "60", [], float("nan")])
+    def test_an_odd_life_is_an_unknown_one(self, odd: object) -> None:
+        assert self.read(access_token="a", expires_in=odd).expires_at == 0.0
+
+    @pytest.mark.parametrize("long", [1e300, float("inf"), 10**400])
+    def test_a_life_has_a_limit(self, long: float) -> None:
+        at = self.read(access_token="a", expires_in=long).expires_at
+        assert at == 1000.0 + 400 * 86_400
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"",
+            b"[]",
+            b"<p>",
+            b"{}",
+            b'{"access_token": 5}',
+            b"[" * 100_000,
+            b'{"access_token": "a\\r\\nX: y"}',
+            b'{"access_token": "\\ud800"}',
+        ],
+    )
+    def test_garbage_is_an_error_in_words(self, body: bytes) -> None:
+        with pytest.raises(ProviderError, match="holds no access token"):
+            read_token_reply(body, 0.0)
+
+
+class TestEndpoint:
+    def made(self, **more: Any) -> claude_lb.Endpoint:
+        known = {"refresh_token": Secret("r"), **more}
+        plans = {"pro": ("!*opus*",), "max": ()}
+        account = Account("id1", "work", "max")._replace(**known)
+        return endpoint_of_account(account, AccountSettings(), plans)
+
+    def test_an_oauth_account_lends_its_token_later(self) -> None:
+        endpoint = self.made()
+        assert endpoint.auth_type is AuthType.OAUTH
+        assert endpoint.credential is None
+        assert (endpoint.account, endpoint.group) == ("id1", "accounts")
+        assert endpoint.enabled
+        assert not endpoint.hint
+        assert (endpoint.host, endpoint.port) == ("api.anthropic.com", 443)
+
+    def test_an_api_key_is_the_credential(self) -> None:
+        endpoint = self.made(api_key=Secret("k"))
+        assert endpoint.auth_type is AuthType.API_KEY
+        assert endpoint.credential == Secret("k")
+
+    def test_own_patterns_go_before_the_plan_s(self) -> None:
+        assert self.made(plan="pro").models == ("!*opus*",)
+        assert self.made(plan="pro", models=("*",)).models == ("*",)
+        assert self.made(plan="unheard").models == ()
+
+    def test_who_cannot_serve_says_what_to_do(self) -> None:
+        endpoint = self.made(needs_login="gone")
+        assert not endpoint.enabled
+        assert endpoint.hint == "needs login: claude_lb.py accounts add work"
+        assert "resume work" in self.made(paused=True).hint
+        assert not self.made(refresh_token=None).enabled
+
+    def test_accounts_join_the_endpoints(self) -> None:
+        accounts = [Account(n, n, "max", refresh_token=Secret(n)) for n in "ab"]
+        config = Config((), accounts=AccountSettings(names=("b", "c")))
+        joined = with_accounts(config, accounts)
+        assert [e.name for e in joined.endpoints] == ["b"]
+        assert joined.warnings == ("accounts.names: no account is named c",)
+        assert with_accounts(Config(()), accounts).endpoints == ()
+        both = with_accounts(Config((), accounts=AccountSettings()), accounts)
+        with pytest.raises(ConfigError, match="same name, a"):
+            with_accounts(both, accounts)
+
+    def test_odd_names_of_another_program_are_left_out(self) -> None:
+        accounts = [Account(str(i), n, "max") for i, n in enumerate(["a", "a", "b c"])]
+        joined = with_accounts(Config((), accounts=AccountSettings()), accounts)
+        assert [e.account for e in joined.endpoints] == ["0"]
+        assert len(joined.warnings) == 2
+
+    def test_lists_that_b_wrote_become_the_plan_s(self) -> None:
+        row = {"id": "i", "name": "n", "plan_type": "console"}
+        for names in claude_lb.B_MODEL_LISTS:
+            listed = {**row, "supported_models": ", ".join(sorted(names, reverse=True))}
+            assert account_of(listed).models == ()
+        assert account_of({**row, "supported_models": "x,*y*"}).models == ("x", "*y*")
+
+
+class TestAccountSettings:
+    @pytest.mark.parametrize(
+        "url", ["http://example.com/token", "ftp://x", "https://a:b@c", "//x", 5]
+    )
+    def test_tokens_go_over_https_or_stay_here(self, url: object) -> None:
+        text = json.dumps({"accounts": {"tokenURL": url}})
+        with pytest.raises(ConfigError, match=r"accounts\.tokenURL"):
+            parse_config(text, name="x", source=claude_lb._Environment())
+
+    def test_plans_are_added_to_the_usual_ones(self) -> None:
+        text = json.dumps({"accounts": {}, "plans": {"team": ["*sonnet*"]}})
+        config = parse_config(text, name="x", source=claude_lb._Environment())
+        assert config.plans["team"] == ("*sonnet*",)
+        assert config.plans["pro"] == ("!*opus*",)
+        assert config.accounts == AccountSettings(proxy=config.accounts.proxy)  # type: ignore[union-attr]
+
+    def test_null_keeps_everything_in_memory(self) -> None:
+        text = json.dumps({"accounts": {}, "storage": {"database": None}})
+        config = parse_config(text, name="x", source=claude_lb._Environment())
+        assert config.storage.database is None
+
+
+class TestBook:
+    def test_reading_makes_no_file(self, desk: Desk) -> None:
+        assert desk.book.all() == ()
+        assert not desk.book.poll()
+        assert list(desk.folder.iterdir()) == []
+
+    def test_rows_come_back_as_they_were(self, desk: Desk) -> None:
+        account = desk.account(models=("a", "b"), weight=7, mode="console")
+        assert desk.book.find("work") == account
+        assert account.models == ("a", "b")
+        assert account.weight == 7
+        assert account.expires_at == pytest.approx(desk.epoch - 1, abs=0.01)
+
+    def test_names_are_taken_once(self, desk: Desk) -> None:
+        account = desk.account()
+        with pytest.raises(AccountError, match="already exists"):
+            desk.book.add(account._replace(id="other"))
+        desk.account("home")
+        with pytest.raises(AccountError, match="already exists"):
+            desk.book.rename("home", "work")
+        for name in ("", "a b", "a'b", "x" * 65, "-c", "\xe9"):
+            with pytest.raises(AccountError, match="visible ASCII"):
+                desk.book.rename("home", name)
+
+    def test_poll_tells_what_others_changed(self, desk: Desk) -> None:
+        account = desk.account()
+        other = AccountBook(desk.path, desk.book.settings, desk.log)
+        assert other.poll()
+        assert not other.poll()
+        desk.renew(account)
+        assert not other.poll()  # tokens change quietly
+        assert other.token(account.id) == desk.book.token(account.id)
+        changes: tuple[Callable[[], None], ...] = (
+            lambda: desk.book.rename("work", "home"),
+            lambda: desk.book.set_paused("home", paused=True),
+            lambda: desk.book.remove("home"),
+        )
+        for change in changes:
+            change()
+            assert other.poll()
+            assert not other.poll()
+        assert other.token(account.id) is None
+
+    def test_a_poll_does_not_bring_an_old_token_back(
+        self, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        account = desk.account()
+        before = desk.book.all()
+
+        def late() -> tuple[Account, ...]:
+            """Stand in for a read that a refresh overtakes."""
+            monkeypatch.undo()
+            assert desk.renew(account)[0]
+            return before
+
+        monkeypatch.setattr(desk.book, "all", late)
+        desk.book.poll()
+        assert desk.book.token(account.id) == desk.book.all()[0].access_token
+        assert desk.book.token(account.id) != account.access_token
+
+    def test_a_rescued_database_gets_the_accounts(self, desk: Desk) -> None:
+        account = desk.account()
+        fresh = claude_lb.open_database(str(desk.folder / "fresh.db"))
+        desk.book.restore(fresh)
+        desk.book.restore(fresh)
+        assert fresh.execute("SELECT id FROM accounts").fetchall() == [(account.id,)]
+        fresh.close()
+
+    def test_no_repr_shows_a_token(self, desk: Desk) -> None:
+        account = desk.account(api_key=Secret(CANARY))
+        assert CANARY not in repr(account)
+        assert CANARY not in repr(login()._replace(state=Secret(CANARY)))
+        assert CANARY not in repr(claude_lb.Tokens(Secret(CANARY), None, 0.0, None))
+
+    def test_files_are_the_owner_s_alone(self, desk: Desk) -> None:
+        before = os.umask(0)
+        try:
+            desk.renew(desk.account())
+            db = claude_lb.open_database(desk.path)  # with -wal and -shm
+        finally:
+            os.umask(before)
+        state = Path(desk.path).parent
+        modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in state.iterdir()}
+        db.close()
+        assert stat.S_IMODE(state.stat().st_mode) == 0o700
+        assert {"lb.db", "lb.db.accounts.json"} < set(modes)
+        assert any(name.endswith(".lock") for name in modes)
+        assert set(modes.values()) == {0o600}
+
+    def test_a_lost_database_gets_its_accounts_back(self, desk: Desk) -> None:
+        account = desk.account(models=("m",), api_key=Secret("k"))
+        for file in Path(desk.path).parent.glob("lb.db*"):
+            if not file.name.endswith(".json"):
+                file.unlink()
+        fresh = AccountBook(desk.path, desk.book.settings, desk.log)
+        assert fresh.all() == (account,)
+        assert "1 accounts were restored" in desk.log
+
+    def test_a_removed_account_stays_away(self, desk: Desk) -> None:
+        account = desk.account()
+        desk.renew(account)
+        desk.book.remove("work")
+        assert desk.book.all() == ()
+        for file in Path(desk.path).parent.iterdir():
+            assert CANARY.encode() not in file.read_bytes(), file
+            assert not file.name.endswith(".lock")
+
+    @pytest.mark.parametrize("text", ["", "{}", "[]", '{"accounts": [5]}', "\0"])
+    def test_a_damaged_backup_is_no_fault(self, desk: Desk, text: str) -> None:
+        desk.account()
+        desk.book.remove("work")
+        Path(f"{desk.path}.accounts.json").write_text(text)
+        assert desk.book.all() == ()
+        assert "it is damaged" in desk.log
+
+    @pytest.mark.parametrize("plant", ["link", "dangling", "fifo", "folder"])
+    def test_planted_files_are_not_followed(self, desk: Desk, plant: str) -> None:
+        account = desk.account()
+        victim = desk.folder / "victim"
+        victim.write_text("mine")
+        names = (f"{account.id}.lock", "accounts.json", "accounts.json.new")
+        for place in (Path(f"{desk.path}.{name}") for name in names):
+            place.unlink() if place.exists() else None
+            if plant == "fifo":
+                os.mkfifo(place)
+            elif plant == "folder":
+                place.mkdir()
+            else:
+                place.symlink_to(victim if plant == "link" else desk.folder / "none")
+        token, why = desk.renew(account)
+        assert token is None
+        assert "cannot be locked" in why
+        desk.book.set_paused("work", paused=True)
+        assert victim.read_text() == "mine"
+        assert not (desk.folder / "none").exists()
+        assert desk.provider.count() == 0
+
+
+class TestRefresh:
+    def test_a_new_pair_is_stored_and_used(self, desk: Desk) -> None:
+        account = desk.account()
+        assert [a.id for a in desk.renewer.due(desk.epoch)] == [account.id]
+        token, why = desk.renew(account)
+        stored = desk.book.account(account.id)
+        assert (token, why) == (stored.access_token, "")
+        assert token not in (None, account.access_token)
+        assert stored.refresh_token not in (None, account.refresh_token)
+        assert desk.book.token(account.id) == token
+        assert desk.row(account)["refresh_begun_at"] is None
+        assert desk.renewer.due(desk.epoch) == ()
+
+    def test_the_grant_is_plain_and_says_who_we_are(self, desk: Desk) -> None:
+        account = desk.account()
+        desk.renew(account)
+        path, fields, body = desk.provider.asked[0]
+        assert path == "/token"
+        assert fields["User-Agent"] == f"claude_lb/{claude_lb.VERSION}"
+        assert fields["Content-Type"] == "application/json"
+        assert sorted(body) == ["client_id", "grant_type", "refresh_token"]
+
+    def test_without_a_new_refresh_token_the_old_one_stays(self, desk: Desk) -> None:
+        account = desk.account()
+        desk.provider.script.append("no refresh token")
+        assert desk.renew(account)[0]
+        assert desk.book.account(account.id).refresh_token == account.refresh_token
+
+    def test_a_peer_s_token_is_adopted(self, desk: Desk) -> None:
+        account = desk.account()
+        peer = Desk(desk.provider, desk.folder)
+        token, _ = peer.renew(account)
+        assert desk.renew(account) == (token, "")
+        assert desk.book.token(account.id) == token
+        assert desk.provider.count() == 1
+
+    def test_two_refreshes_have_ten_seconds_between_them(self, desk: Desk) -> None:
+        account = desk.account()
+        desk.renew(account)
+        newest = desk.book.account(account.id)
+        assert "may begin in" in desk.renew(newest)[1]
+        other = Desk(desk.provider, desk.folder)
+        other.epoch = desk.epoch
+        assert "less than 10 s ago" in other.renew(newest)[1]
+        assert desk.provider.count() == 1
+
+    @pytest.mark.parametrize("odd", ["500", "garbage", "long", "redirect", "hang up"])
+    def test_a_failure_marks_nothing(self, desk: Desk, odd: str) -> None:
+        account = desk.account()
+        desk.provider.script.append(odd)
+        token, why = desk.renew(account)
+        assert token is None
+        assert why
+        assert desk.book.account(account.id) == account
+        assert [path for path, _, _ in desk.provider.asked] == ["/token"]
+        wait = desk.renewer._not_before[account.id] - time.monotonic()
+        assert 50 < wait <= 60
+        assert desk.renewer.due(desk.epoch) == ()
+        assert CANARY not in why
+        desk.later()
+        assert desk.renew(account)[0]
+
+    def test_pauses_grow_with_failures(self, desk: Desk) -> None:
+        account = desk.account()
+        waits = []
+        for _ in range(6):
+            desk.provider.script.append("500")
+            desk.renew(account)
+            waits.append(desk.renewer._not_before[account.id] - time.monotonic())
+            desk.later()
+        assert [round(w / 60) for w in waits] == [1, 2, 4, 8, 15, 15]
+
+    def test_no_network_marks_nothing(self, desk: Desk) -> None:
+        account = desk.account()
+        desk.provider.shutdown()
+        desk.provider.server_close()
+        token, why = desk.renew(account)
+        assert token is None
+        assert "cannot be asked: Connection refused" in why
+        assert desk.book.account(account.id) == account
+
+    def test_silence_ends(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(claude_lb, "ASK_S", 0.2)
+        account = desk.account()
+        desk.provider.script.append("slow")
+        assert "no answer within" in desk.renew(account)[1]
+        assert not desk.book.account(account.id).needs_login
+
+    def test_a_lost_login_is_one_account_s_affair(self, desk: Desk) -> None:
+        account, other = desk.account(), desk.account("home")
+        desk.provider.script.append("invalid_grant")
+        token, why = desk.renew(account)
+        lost = desk.book.account(account.id)
+        assert token is None
+        assert "never came to its end" not in why
+        assert lost.needs_login
+        assert lost.refresh_token == account.refresh_token  # nothing is cleared
+        assert desk.book.account(other.id) == other
+        assert desk.book.poll()
+        assert [a.id for a in desk.renewer.due(desk.epoch)] == [other.id]
+        desk.later()
+        assert "needs login" in desk.renew(lost)[1]
+        assert desk.provider.count() == 1
+
+    def test_a_newer_login_saves_a_lost_one(self, desk: Desk) -> None:
+        account = desk.account()
+        fresh = desk.provider.tokens()
+        desk.provider.script += ["slow"]
+        desk.provider.revoked.update(desk.provider.live.values())
+        ended: list[tuple[Secret | None, str]] = []
+        renewing = threading.Thread(target=lambda: ended.append(desk.renew(account)))
+        renewing.start()
+        assert desk.provider.waiting.wait(10)
+        newer = account._replace(
+            refresh_token=Secret(fresh["refresh_token"]),
+            access_token=Secret(fresh["access_token"]),
+        )
+        desk.book.log_in_again(account.id, newer)
+        desk.provider.slow.set()
+        renewing.join()
+        assert ended == [(newer.access_token, "")]
+        assert not desk.book.account(account.id).needs_login
+
+    def test_a_newer_login_is_neither_marked_nor_replaced(self, desk: Desk) -> None:
+        account = desk.account()
+        newer = account._replace(
+            refresh_token=Secret("newer-r"), access_token=Secret("newer-a")
+        )
+        desk.book.log_in_again(account.id, newer)
+        desk.book.mark_needs_login(account, "over")
+        late = claude_lb.Tokens(Secret("late-a"), Secret("late-r"), 0.0, None)
+        assert desk.book.store_tokens(account, late) == newer.access_token
+        assert desk.book.account(account.id) == newer
+
+    def test_only_distant_services_are_asked_through_a_proxy(
+        self, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, nobody)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        assert desk.renew(desk.account())[0]
+        with pytest.raises(ProviderError, match="cannot be asked: Connection refused"):
+            claude_lb.ask_provider("https://idp.invalid/token", {})
+
+    def test_a_clock_that_jumps_ends_no_token(self, desk: Desk) -> None:
+        account = desk.account(expires_at=desk.epoch + 3600)
+        assert desk.renewer.due(desk.epoch) == ()
+        assert len(desk.renewer.due(desk.epoch + 30 * 86_400)) == 1
+        assert desk.book.token(account.id) == account.access_token
+
+    def test_callers_that_hold_the_newest_token_are_told(self, desk: Desk) -> None:
+        account = desk.account()
+        desk.provider.script.append("slow")
+        came: list[tuple[Secret | None, str]] = []
+        jobs: list[Callable[[], None]] = []
+        renewer = Renewer(desk.book, desk.log, jobs.append)
+        renewer.renew(account.id, account.access_token, lambda *e: came.append(e))
+        renewer.renew(account.id, None, lambda *e: came.append(e))
+        renewer.renew(account.id, account.access_token, lambda *_: 1 / 0)  # type: ignore[arg-type]
+        assert len(jobs) == 1
+        desk.provider.slow.set()
+        jobs[0]()
+        assert len(came) == 2
+        assert came[0] == came[1]
+        assert "a fault of the proxy" in desk.log
+
+    def test_no_thread_is_told(self, desk: Desk) -> None:
+        account = desk.account()
+
+        def none(_: object) -> None:
+            raise RuntimeError("no more threads")
+
+        renewer = Renewer(desk.book, desk.log, none)
+        came: list[tuple[Secret | None, str]] = []
+        renewer.renew(account.id, None, lambda *e: came.append(e))
+        assert came == [(None, "no more threads")]
+
+    @pytest.mark.parametrize("change", ["rename", "remove"])
+    def test_changes_while_it_runs(self, desk: Desk, change: str) -> None:
+        account = desk.account()
+        desk.provider.script.append("slow")
+        ended: list[tuple[Secret | None, str]] = []
+        renewing = threading.Thread(target=lambda: ended.append(desk.renew(account)))
+        renewing.start()
+        assert desk.provider.waiting.wait(10)
+        if change == "rename":
+            desk.book.rename("work", "home")
+        else:
+            desk.book.remove("work")
+        desk.provider.slow.set()
+        renewing.join()
+        if change == "rename":
+            stored = desk.book.find("home")
+            assert (stored.access_token, "") == ended[0]
+            assert desk.book.poll()
+        else:
+            assert desk.book.all() == ()
+            desk.book.poll()
+            assert desk.book.token(account.id) is None
+
+    def test_a_full_disk_begins_no_refresh(
+        self, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        account = desk.account()
+        real = claude_lb.open_database
+
+        def full(path: str) -> sqlite3.Connection:
+            db = real(path)
+            db.set_authorizer(refuse_updates)
+            return db
+
+        monkeypatch.setattr(claude_lb, "open_database", full)
+        token, why = desk.renew(account)
+        assert token is None
+        assert "cannot be written" in why
+        assert desk.provider.count() == 0
+
+    def test_a_disk_that_fills_meanwhile_loses_nothing(
+        self, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        account = desk.account()
+        real = claude_lb.open_database
+        calls: list[str] = []
+
+        def full(path: str) -> sqlite3.Connection:
+            db = real(path)
+            calls.append(path)
+            if desk.provider.count():
+                db.set_authorizer(refuse_updates)
+            return db
+
+        monkeypatch.setattr(claude_lb, "open_database", full)
+        token, why = desk.renew(account)
+        assert token is not None
+        assert why == ""
+        assert desk.book.token(account.id) == token
+        assert not desk.book.save_again()
+        assert not desk.book.poll()
+        assert desk.book.token(account.id) == token  # not the stored, older one
+        assert desk.row(account)["access_token"] == account.access_token.reveal()  # type: ignore[union-attr]
+        assert "in memory only" in desk.log
+        monkeypatch.setattr(claude_lb, "open_database", real)
+        monkeypatch.setattr(claude_lb, "RENEW_LOCK_S", 0.1)
+        other = Desk(desk.provider, desk.folder)
+        other.later()
+        assert "another process" in other.renew(account)[1]  # its token is used up
+        desk.book.poll()
+        assert desk.row(account)["access_token"] == token.reveal()
+        assert desk.book.save_again()
+        assert other.renew(account) == (token, "")
+
+
+def refuse_updates(action: int, *_: object) -> int:
+    """Stand in for a disk that takes nothing."""
+    return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_UPDATE else sqlite3.SQLITE_OK
+
+
+CHILD = """
+import json, os, signal, sys, threading
+sys.path.insert(0, sys.argv[1])
+import claude_lb as lb
+log = lb.Log(lb.LogSettings(level="error"))
+path, account_id, url, how = sys.argv[2:6]
+settings = lb.AccountSettings(token_url=url + "/token")
+book = lb.AccountBook(path, settings, log)
+book.poll()
+stale = book.token(account_id)
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "adopt":
+    lb.AccountBook.adopt = die
+if how == "_save":
+    lb.AccountBook._save = die
+threads = int(how) if how.isdigit() else 1
+came, lock, done = [], threading.Lock(), threading.Semaphore(0)
+def then(token, why):
+    with lock:
+        came.append(token.reveal() if token else why)
+    done.release()
+renewer = lb.Renewer(book, log, lb.Workers().submit)
+start = threading.Barrier(threads)
+def run():
+    start.wait()
+    renewer.renew(account_id, stale, then)
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(threads):
+    threading.Thread(target=run, daemon=True).start()
+for _ in range(threads):
+    done.acquire()
+print(json.dumps(came))
+"""
+
+
+def child(desk: Desk, account: Account, how: str) -> subprocess.Popen[str]:
+    arguments = [
+        str(PROGRAM.parent),
+        desk.path,
+        account.id,
+        desk.provider.url,
+        how,
+    ]
+    started = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert started.stdout is not None
+    assert started.stdout.readline() == "ready\n"
+    return started
+
+
+class TestProcesses:
+    def test_many_threads_and_processes_make_one_refresh(self, desk: Desk) -> None:
+        account = desk.account()
+        children = [child(desk, account, "50") for _ in range(4)]
+        for started in children:
+            assert started.stdin is not None
+            started.stdin.write("go\n")
+            started.stdin.flush()
+        came = [json.loads(started.communicate()[0]) for started in children]
+        token = desk.book.account(account.id).access_token
+        assert token is not None
+        assert came == [[token.reveal()] * 50] * 4
+        assert desk.provider.count() == 1
+        assert not desk.provider.revoked
+
+    def test_a_kill_after_the_receipt_loses_nothing(self, desk: Desk) -> None:
+        account = desk.account()
+        killed = child(desk, account, "adopt")
+        killed.communicate("go\n")
+        assert killed.returncode == -signal.SIGKILL
+        stored = desk.book.account(account.id)
+        assert stored.access_token != account.access_token
+        desk.later()
+        assert desk.renew(stored)[0]
+        assert not desk.provider.revoked
+
+    def test_a_kill_before_it_is_stored_is_told(self, desk: Desk) -> None:
+        account = desk.account()
+        killed = child(desk, account, "_save")
+        killed.communicate("go\n")
+        assert desk.row(account)["refresh_begun_at"] is not None
+        desk.later()
+        token, why = desk.renew(account)
+        assert token is None
+        assert "never came to its end" in why
+        assert "may have been lost" in desk.book.account(account.id).needs_login
+
+
+class Commands:
+    """Runs `claude_lb.py accounts ...` with a provider's addresses."""
+
+    def __init__(self, idp: Provider, folder: Path) -> None:
+        self.provider = idp
+        self.file = folder / "lb.json"
+        self.database = folder / "state" / "lb.db"
+        self.configure(str(self.database))
+        self.said = ""
+
+    def configure(self, database: str | None, **more: Any) -> None:
+        self.file.write_text(json.dumps({**self.provider.config(database), **more}))
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        # As a module, so that it is compiled once for all
+        command = [
+            sys.executable,
+            "-m",
+            PROGRAM.stem,
+            "-c",
+            str(self.file),
+            "accounts",
+        ]
+        return subprocess.Popen(
+            [*command, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.file.parent,
+            env={**os.environ, "PYTHONPATH": str(PROGRAM.parent)},
+        )
+
+    def run(self, *arguments: str, typed: str = "") -> tuple[int, str]:
+        """Run a command in this process: starting one takes longer than all it does."""
+        said, before = io.StringIO(), sys.stdin
+        sys.stdin = io.StringIO(typed)
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                whole = ["-c", str(self.file), "accounts", *arguments]
+                status = claude_lb.main(whole)
+        finally:
+            sys.stdin = before
+        self.said += said.getvalue()
+        return status, said.getvalue()
+
+    def really_run(self, *arguments: str) -> tuple[int, str]:
+        running = self.start(*arguments)
+        out, _ = running.communicate(timeout=20)
+        self.said += out
+        return running.returncode, out
+
+    def address(self, running: subprocess.Popen[str]) -> str:
+        """Read until the login's address."""
+        assert running.stdout is not None
+        for line in running.stdout:
+            self.said += line
+            if line.startswith(self.provider.url):
+                return line.strip()
+        raise AssertionError(self.said)
+
+    def add(self, name: str, *options: str, spoil: str = "") -> tuple[int, str]:
+        running = self.start("add", name, "--yes", *options)
+        code, state, _ = self.provider.allow(self.address(running))
+        out, _ = running.communicate(f"{code}#{state}{spoil}\n", timeout=20)
+        self.said += out
+        return running.returncode, out
+
+    def rows(self) -> list[dict[str, Any]]:
+        with contextlib.closing(sqlite3.connect(self.database)) as db:
+            db.row_factory = sqlite3.Row
+            return [dict(row) for row in db.execute("SELECT * FROM accounts")]
+
+
+@pytest.fixture
+def commands(idp: Provider, tmp_path: Path) -> Commands:
+    return Commands(idp, tmp_path)
+
+
+class TestCommands:
+    def test_a_life_of_an_account(self, commands: Commands) -> None:
+        assert commands.run("list") == (
+            0,
+            "No accounts found. Add one with: claude_lb.py accounts add <name>\n",
+        )
+        assert not commands.database.exists()
+        status, out = commands.add("work", "--mode", "max")
+        assert status == 0
+        assert "Plan: MAX (Opus enabled)" in out
+        assert "with the provider's own clients only" in commands.said
+        commands.said, said = "", commands.said
+        assert commands.run("add", "work", "--mode", "max") == (
+            1,
+            'claude_lb: Account with name "work" already exists\n',
+        )
+        assert "own clients only" not in commands.said
+        assert commands.run("rename", "work", "home")[0] == 0
+        assert commands.run("pause", "home")[0] == 0
+        assert "home (paused)" in commands.run("list")[1]
+        assert commands.run("resume", "home")[0] == 0
+        before = commands.rows()[0]["access_token"]
+        assert commands.really_run("refresh", "home") == (
+            0,
+            'Account "home" was renewed.\n',
+        )
+        assert commands.rows()[0]["access_token"] != before
+        status, out = commands.run("refresh", "home")
+        assert status == 1
+        assert "less than 10 s ago" in out
+        shown = commands.run("list")[1]
+        assert "Token: valid until 20" in shown
+        assert "Last Used: Never" in shown
+        assert commands.run("reset-stats")[0] == 0
+        assert commands.run("clear-history") == (0, "No request history to clear\n")
+        assert commands.run("remove", "home")[0] == 0
+        assert commands.run("list")[1].startswith("No accounts found")
+        said = said + commands.said
+        assert CANARY not in said
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("remove", "x"),
+            ("pause", "x"),
+            ("resume", "x"),
+            ("refresh", "x"),
+            ("rename", "x", "y"),
+        ],
+        ids=lambda a: a[0],
+    )
+    def test_unknown_names(self, commands: Commands, arguments: list[str]) -> None:
+        assert commands.run(*arguments) == (
+            1,
+            'claude_lb: Account "x" not found\n',
+        )
+        assert not commands.database.exists()
+
+    def test_a_missing_name_shows_the_usage(self, commands: Commands) -> None:
+        status, out = commands.run("remove")
+        assert status == 1
+        assert out.startswith("usage: ")
+        for arguments in ((), ("help",)):
+            status, out = commands.run(*arguments)
+            assert status == 0
+            assert "clear-history" in out
+
+    def test_the_console_makes_an_api_key(self, commands: Commands) -> None:
+        assert commands.add("work")[0] == 0
+        row = commands.rows()[0]
+        assert (row["plan_type"], row["mode"]) == ("console", "console")
+        assert row["api_key"] == f"sk-ant-api03-{CANARY}"
+        fields = commands.provider.asked[-1][1]
+        assert fields["Authorization"] == f"Bearer {row['access_token']}"
+        assert "Token: API key" in commands.run("list")[1]
+        assert CANARY not in commands.said
+
+    def test_an_api_key_can_be_wished_for(self, commands: Commands) -> None:
+        options = ("--mode", "max", "--api-key", "--plan", "pro", "--weight", "3")
+        status, out = commands.add("work", *options, "--models", "*haiku*, x")
+        assert status == 0
+        assert "PRO (no Opus)" in out
+        row = commands.rows()[0]
+        assert row["api_key"]
+        assert (row["plan_type"], row["weight"]) == ("pro", 3)
+        assert row["supported_models"] == "*haiku*,x"
+
+    def test_an_end_of_input_adds_nothing(self, commands: Commands) -> None:
+        status, out = commands.run("add", "work")
+        assert (status, out.endswith("[y/N] \nNothing was added.\n")) == (0, True)
+        status, out = commands.run("add", "work", "--yes")
+        assert (status, out.endswith("code: \nNothing was added.\n")) == (0, True)
+        assert "[y/N]" not in out
+        assert commands.run("add", "work", typed="n\n")[1].endswith("was added.\n")
+        assert commands.provider.asked == []
+        assert not commands.database.exists()
+
+    @pytest.mark.parametrize("spoil", ["x", "#", " y"])
+    def test_a_forged_state_is_refused(self, commands: Commands, spoil: str) -> None:
+        status, out = commands.add("work", spoil=spoil)
+        assert status == 1
+        assert "another login" in out
+        assert commands.provider.asked == []
+
+    def test_two_logins_at_once_are_kept_apart(self, commands: Commands) -> None:
+        first, second = (
+            commands.start("add", name, "--yes", "--mode", "max") for name in "ab"
+        )
+        codes = [commands.provider.allow(commands.address(r)) for r in (first, second)]
+        code, state, _ = codes[1]
+        out, _ = first.communicate(f"{code}#{state}\n", timeout=20)
+        assert first.returncode == 1
+        assert "another login" in out
+        # Another's code under one's own state: the verifier does not fit
+        out, _ = second.communicate(f"{codes[0][0]}#{state}\n", timeout=20)
+        assert second.returncode == 1
+        assert "status 401" in out
+        assert CANARY not in out
+
+    def test_a_code_serves_once(self, commands: Commands) -> None:
+        running = commands.start("add", "work", "--yes")
+        code, state, _ = commands.provider.allow(commands.address(running))
+        commands.provider.codes.clear()
+        out, _ = running.communicate(f"{code}#{state}\n", timeout=20)
+        assert running.returncode == 1
+        assert "status 401 (authentication_error)" in out
+
+    def test_a_lost_login_is_made_again(self, commands: Commands) -> None:
+        commands.add("work", "--mode", "max")
+        commands.provider.script.append("invalid_grant")
+        status, out = commands.really_run("refresh", "work")
+        assert status == 1
+        assert "needs login" in out
+        assert "needs login" in commands.run("list")[1]
+        before = commands.rows()[0]
+        assert commands.add("work", "--mode", "max")[0] == 0
+        after = commands.rows()
+        assert [row["id"] for row in after] == [before["id"]]
+        assert after[0]["needs_login"] is None
+        assert after[0]["refresh_token"] != before["refresh_token"]
+        assert CANARY not in commands.said
+
+    def test_the_browser_brings_the_code_itself(self, commands: Commands) -> None:
+        running = commands.start("add", "work", "--yes", "--local", "--mode", "max")
+        code, state, back = commands.provider.allow(commands.address(running))
+        parts = urllib.parse.urlsplit(back)
+        assert (parts.hostname, parts.path) == ("localhost", "/callback")
+        good = f"/callback?code={code}&state={state}"
+        for path, host, status in (
+            (f"/callback?code={code}", parts.netloc, 400),
+            (f"/callback?code={code}&state=forged", parts.netloc, 400),
+            (f"/callback?state={state}", parts.netloc, 400),
+            (f"/other?code={code}&state={state}", parts.netloc, 404),
+            (good, f"evil.example:{parts.port}", 421),
+            (good, parts.netloc, 200),
+        ):
+            browser = http.client.HTTPConnection("127.0.0.1", parts.port, timeout=10)
+            browser.request("GET", path, headers={"Host": host})
+            answer = browser.getresponse()
+            assert answer.status == status
+            assert CANARY.encode() not in answer.read()
+            browser.close()
+        out, _ = running.communicate(timeout=20)
+        assert running.returncode == 0, out
+        assert CANARY not in out
+        assert commands.rows()[0]["name"] == "work"
+
+    def test_a_terminal_does_not_echo_the_code(self, commands: Commands) -> None:
+        fd, there = pty.openpty()
+        # Whoever leads a session and opens a terminal has it as its own: /dev/tty
+        lead = "import os, sys, claude_lb; os.open(os.ttyname(0), os.O_RDWR);"
+        command = [sys.executable, "-c", f"{lead} sys.exit(claude_lb.main())"]
+        options = ["-c", str(commands.file), "accounts", "add", "w", "--mode=max"]
+        running = subprocess.Popen(
+            [*command, *options],
+            stdin=there,
+            stdout=there,
+            stderr=there,
+            start_new_session=True,
+            cwd=PROGRAM.parent,
+        )
+        os.close(there)
+        said = read_until(fd, "[y/N] ")
+        os.write(fd, b"y\n")
+        said += read_until(fd, "code: ")
+        address = re.search(rf"{commands.provider.url}\S+", said)
+        assert address is not None
+        code, state, _ = commands.provider.allow(address[0])
+        os.write(fd, f"{code}#{state}\n".encode())
+        said += read_until(fd, "Models: all")
+        assert running.wait(20) == 0
+        os.close(fd)
+        assert CANARY not in said
+        assert len(commands.rows()) == 1
+
+    def test_without_a_database_there_are_no_accounts(self, commands: Commands) -> None:
+        commands.configure(None)
+        status, out = commands.run("list")
+        assert status == 2
+        assert "nowhere to keep accounts" in out
+
+    def test_a_database_that_takes_nothing_costs_no_code(
+        self, commands: Commands, tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").write_text("")
+        commands.configure(str(tmp_path / "file" / "lb.db"))
+        status, out = commands.add("work")
+        assert status == 1
+        assert "cannot be written" in out
+        assert commands.provider.asked == []
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (("a b",), "visible ASCII"),
+            (("w", "--plan", "x"), 'no plan "x"'),
+            (("w", "--weight", "0"), "1 to 1000"),
+        ],
+    )
+    def test_wrong_options(
+        self, commands: Commands, options: tuple[str, ...], words: str
+    ) -> None:
+        status, out = commands.run("add", *options)
+        assert status == 1
+        assert words in out
+
+    def test_nothing_stands_in_ps(self, commands: Commands) -> None:
+        running = commands.start("add", "work", "--yes")
+        code, state, _ = commands.provider.allow(commands.address(running))
+        commands.provider.script.append("slow")
+        assert running.stdin is not None
+        running.stdin.write(f"{code}#{state}\n")
+        running.stdin.flush()
+        assert commands.provider.waiting.wait(10)
+        if Path("/proc").is_dir():
+            for name in ("cmdline", "environ"):
+                told = Path(f"/proc/{running.pid}/{name}").read_bytes()
+                assert CANARY.encode() not in told
+        commands.provider.slow.set()
+        running.communicate(timeout=20)
+        assert running.returncode == 0
+
+
+def read_until(fd: int, mark: str) -> str:
+    said, end = "", time.monotonic() + 20
+    while mark not in said and time.monotonic() < end:
+        if select.select([fd], [], [], 0.1)[0]:
+            try:
+                said += os.read(fd, 65_536).decode()
+            except OSError:
+                break
+    assert mark in said, said
+    return said
+
+
+B_SCHEMA = """
+CREATE TABLE accounts(id TEXT PRIMARY KEY, name TEXT NOT NULL, refresh_token TEXT NOT
+NULL, access_token TEXT, expires_at INTEGER, created_at INTEGER NOT NULL, last_used
+INTEGER, request_count INTEGER DEFAULT 0, plan_type TEXT DEFAULT 'console',
+supported_models TEXT DEFAULT 'claude-3-5-sonnet-20241022,claude-3-haiku-20240307',
+usage_window_start INTEGER, usage_window_requests INTEGER DEFAULT 0,
+input_tokens_window INTEGER DEFAULT 0, output_tokens_window INTEGER DEFAULT 0,
+estimated_quota_remaining REAL DEFAULT 1.0, detected_tier TEXT,
+last_tier_detection INTEGER);
+INSERT INTO accounts(id, name, refresh_token, access_token, expires_at, created_at,
+last_used, request_count, plan_type) VALUES
+('11111111-2222-4333-8444-555555555555', 'work', 'r-canary-1', 'a-canary-1',
+1700000000000, 1690000000000, 1695000000000, 42, 'max'),
+('22222222-2222-4333-8444-555555555555', 'work', 'r-canary-2', NULL, NULL,
+1690000000001, NULL, 0, 'console'),
+('../../evil', 'my account', 'r-canary-3', NULL, NULL, 1690000000002, NULL, 0, 'max');
+UPDATE accounts SET supported_models='claude-x,claude-y' WHERE id='../../evil';
+"""
+B3_SCHEMA = """
+PRAGMA journal_mode=WAL;
+CREATE TABLE accounts(id TEXT PRIMARY KEY, name TEXT NOT NULL, provider TEXT DEFAULT
+'anthropic', api_key TEXT, refresh_token TEXT NOT NULL, access_token TEXT, expires_at
+INTEGER, created_at INTEGER NOT NULL, last_used INTEGER, request_count INTEGER DEFAULT
+0, total_requests INTEGER DEFAULT 0, account_tier INTEGER DEFAULT 1,
+rate_limited_until INTEGER, session_start INTEGER, session_request_count INTEGER
+DEFAULT 0, paused INTEGER DEFAULT 0, rate_limit_reset INTEGER, rate_limit_status TEXT,
+rate_limit_remaining INTEGER);
+INSERT INTO accounts(id, name, provider, api_key, refresh_token, created_at,
+account_tier, paused) VALUES
+('a', 'big', 'anthropic', NULL, 'r-canary-1', 1690000000000, 20, 1),
+('b', 'key', 'anthropic', 'k-canary-1', '', 1690000000000, 1, 0),
+('c', 'zai', 'zai', 'k-canary-2', '', 1690000000000, 1, 0),
+('d', 'none', 'anthropic', NULL, '', 1690000000000, 1, 0);
+"""
+
+
+class TestImport:
+    def made(self, tmp_path: Path, schema: str) -> str:
+        path = tmp_path / "claude-accounts.db"
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript(schema)
+        return str(path)
+
+    def test_b_s_accounts(self, commands: Commands, tmp_path: Path) -> None:
+        path = self.made(tmp_path, B_SCHEMA)
+        status, out = commands.really_run("import", path)
+        assert status == 0
+        assert '"work" was imported as "work-2"' in out
+        assert "Stop the other program" in out
+        first, second, third = commands.rows()
+        assert (first["name"], first["plan_type"]) == ("work", "max")
+        assert first["mode"] == "max"
+        assert (first["access_token"], first["expires_at"]) == (
+            "a-canary-1",
+            1_700_000_000_000,
+        )
+        assert (first["request_count"], first["last_used"]) == (42, 1_695_000_000_000)
+        assert first["supported_models"] == ""
+        assert second["mode"] == "console"
+        assert (third["name"], third["supported_models"]) == (
+            "my-account",
+            "claude-x,claude-y",
+        )
+        assert "/" not in third["id"]
+        status, again = commands.run("import", path)
+        assert again.count("it is here already") == 3
+        assert len(commands.rows()) == 3
+        assert CANARY not in commands.said
+
+    def test_b3_s_accounts(self, commands: Commands, tmp_path: Path) -> None:
+        status, out = commands.run("import", self.made(tmp_path, B3_SCHEMA))
+        assert status == 0
+        assert '"zai": zai is not served here' in out
+        assert '"none": it holds no credential' in out
+        big, key = commands.rows()
+        assert (big["plan_type"], big["weight"], big["paused"]) == ("max", 20, 1)
+        assert big["refresh_token"] == "r-canary-1"
+        assert (key["api_key"], key["refresh_token"]) == ("k-canary-1", "")
+        assert (key["plan_type"], key["mode"]) == ("pro", "console")
+        assert CANARY not in out
+
+    def test_what_holds_no_accounts(self, commands: Commands, tmp_path: Path) -> None:
+        (tmp_path / "text").write_text("no database at all " * 100)
+        for path in ("text", "absent"):
+            status, out = commands.run("import", str(tmp_path / path))
+            assert status == 1
+            assert "no accounts that can be read" in out
+        assert not (tmp_path / "absent").exists()
+
+    def test_b_s_own_file_serves_in_place(self, desk: Desk, tmp_path: Path) -> None:
+        Path(desk.path).parent.mkdir(mode=0o700)
+        os.rename(self.made(tmp_path, B_SCHEMA), desk.path)
+        assert len(desk.book.all()) == 3
+        evil = desk.book.find("my account")
+        desk.book.rename("my account", "mine")
+        desk.provider.live["r-canary-3"] = 1
+        assert desk.renew(evil)[0]
+        names = [p.name for p in tmp_path.rglob("*") if p.name.endswith(".lock")]
+        assert len(names) == 1
+        assert names[0].startswith("lb.db.")
