@@ -14506,7 +14506,7 @@ class TestAskedModel:
             (b' {"max_tokens" : 5 ,\n "model" : "m" , "messages":[]} ', "m"),
             (b'{"messages":[{"model":"fake"}],"model":"m"}', "m"),
             (b'{"system":"\\",\\"model\\":\\"fake","model":"m"}', "m"),
-            (b'{"model":"a","model":"b"}', "b"),
+            (b'{"messages":[],"model":"a","model":"b"}', "b"),
             (b'{"model":"caf\\u00e9"}', "caf\u00e9"),
             ('{"model":"caf\u00e9"}'.encode(), "caf\u00e9"),
             (b'{"model":null}', None),
