@@ -229,6 +229,7 @@ RENEW_EARLY_S = 300.0  # an access token is renewed so long before it expires
 RENEW_FLOOR_S = 10.0  # between two refreshes of one account, whatever happens
 RENEW_PAUSE_S = 60.0  # after a failed one; doubled by each further failure
 RENEW_PAUSE_MOST_S = 900.0
+RENEW_PATIENCE_S = 3.0  # then a request goes to another endpoint, if there is one
 RENEW_LOCK_S = 75.0  # waiting for another process's refresh: longer than it takes
 ASK_S = 30.0  # the provider's answer
 ASK_BYTES = 64 * 1024
@@ -906,7 +907,7 @@ class PoolSnapshot:
         """Return healthy, degraded or unhealthy, by the evidence at hand."""
         enabled = [e for e in self.endpoints if e.endpoint.enabled]
         states = [False if e.state == "paused" else e.answering for e in enabled]
-        if all(states):
+        if states and all(states):
             return "healthy"
         return "unhealthy" if all(s is False for s in states) else "degraded"
 
@@ -4249,6 +4250,10 @@ MODEL_STATUSES = frozenset(
 )
 OWN_RULE = next(r for r in RULES if r.name == "request")
 CREDENTIAL_RULE = next(r for r in RULES if r.name == "credential")
+#: While the provider of a login hangs its endpoint is left alone for a moment.
+WAITING_RULE = next(r for r in RULES if r.name == "expired")._replace(
+    scope=Scope.ENDPOINT, cooling=_TEN_S
+)
 
 
 class Finding(NamedTuple):
@@ -4570,7 +4575,8 @@ def refusal_for_exhaustion(
     if exhaustion.unserved:
         return _refusal_for_model(model, served, endpoints)
     if exhaustion.reset_s is None:
-        return RefusedError(503, f"no endpoint may serve now: {states}", close=False)
+        why = states or "there is none: claude_lb.py accounts add NAME"
+        return RefusedError(503, f"no endpoint may serve now: {why}", close=False)
     wait_s = math.ceil(exhaustion.reset_s)
     fields = [("Retry-After", str(wait_s))]
     if wait_s > PATIENCE_S:
@@ -5394,12 +5400,15 @@ def surplus_rows(db: sqlite3.Connection, most: int) -> int:
     return max(0, int(_first_value(db, _COUNT_ROWS)) - most)
 
 
-def drop_rows(db: sqlite3.Connection, before_ms: int, surplus: int) -> int:
-    """Delete some rows older than `before_ms`, else of the first `surplus`."""
-    old = db.execute(_DROP_OLD, (before_ms, HISTORY_STEP)).rowcount
-    if old or not surplus:
-        return old
-    return db.execute(_DROP_FIRST, (min(surplus, HISTORY_STEP),)).rowcount
+def drop_rows(db: sqlite3.Connection, before_ms: int, most: int) -> int:
+    """Delete some rows older than `before_ms`, else some of the first beyond `most`.
+
+    They are counted under the lock: another process may be doing the same.
+    """
+    with transaction(db):
+        old = db.execute(_DROP_OLD, (before_ms, HISTORY_STEP)).rowcount
+        surplus = 0 if old else min(surplus_rows(db, most), HISTORY_STEP)
+        return db.execute(_DROP_FIRST, (surplus,)).rowcount if surplus else old
 
 
 def drop_rollups(db: sqlite3.Connection, epoch: float, kept_s: float) -> int:
@@ -5861,7 +5870,6 @@ class Store:
         self._most = HISTORY_BATCH
         self._strikes = 0
         self._chore_s = -math.inf
-        self._surplus = 0
         self._more = False  # old rows are left over from the last step
         self._overflowed = 0  # rows lost, counted by those who record
         self._given_up = 0  # and by the thread
@@ -6056,15 +6064,13 @@ class Store:
     def _prune(self, db: sqlite3.Connection, *, due: bool) -> None:
         kept_s = self._settings.retention_days * DAY_S
         epoch = self._clock()
+        most = self._settings.max_rows
+        most = min(most, MEMORY_ROWS) if self._place.in_memory else most
         if due:
-            most = self._settings.max_rows
-            most = min(most, MEMORY_ROWS) if self._place.in_memory else most
-            self._surplus = surplus_rows(db, most)
             drop_rollups(db, epoch, kept_s)
         before_ms = int((epoch - kept_s) * 1000)
         for _ in range(HISTORY_STEPS):
-            dropped = drop_rows(db, before_ms, self._surplus)
-            self._surplus = max(0, self._surplus - dropped)
+            dropped = drop_rows(db, before_ms, most)
             self._more = dropped == HISTORY_STEP
             if not self._more:
                 return
@@ -6727,7 +6733,7 @@ class AccountBook:
         try:
             with contextlib.closing(open_database(self.path)) as db:
                 rows = self._rows(db)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, NewerSchemaError) as error:
             raise self._cannot("read", error) from error
         if not rows and self._backup.accounts():
             with self._change() as db:
@@ -6814,7 +6820,7 @@ class AccountBook:
                     db.execute("COMMIT")
                 finally:
                     db.rollback()
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, NewerSchemaError) as error:
             raise self._cannot("written", error) from error
 
     def _cannot(self, verb: str, error: Exception) -> AccountError:
@@ -7708,7 +7714,8 @@ class _Chooser:
         self._choose_by = STRATEGIES[config.balancing.strategy]
         self.by_limits = self._choose_by in (headroom, window)
         self._aged_at = -math.inf
-        self._fixed = lives[fixed_endpoint(config.enabled).name]
+        enabled = config.enabled  # empty where every account needs a login
+        self._fixed = lives[fixed_endpoint(enabled).name] if enabled else None
         self.plans = _Plans(config, lives)
         #: The endpoint that everything goes to, by hand.
         self.manual: Live | None = None
@@ -7877,6 +7884,7 @@ class Pool:
             or affinity != "off"
             or self._chooser.manual
             or self._memory.has_pins()
+            or not self._config.enabled
         )
 
     def needs_model(self) -> bool:
@@ -8060,23 +8068,28 @@ class Pool:
             bound, only = self._chooser.bound(ask)
             if bound:
                 lives = [only] if only is not None else []
+            idle = not self._config.enabled
+            if idle:
+                lives = list(self._lives.values())  # each says why
             resets = [x.resets_at(keys, now) for x in lives if not x.paused]
             stated = [r - now for r in resets if r is not None and math.isfinite(r)]
             reset_s = min(stated) if stated and None not in resets else None
             states = [f"{x.endpoint.name}: {x.state(now)}" for x in lives[:STATES]]
             if len(lives) > STATES:
                 states.append(f"and {len(lives) - STATES} more")
-            unknown = ask.forced if not lives else ""
-            return Exhaustion(reset_s, tuple(states), not lives, unknown)
+            unknown = ask.forced if not (lives or idle) else ""
+            unserved = not lives and not idle
+            return Exhaustion(reset_s, tuple(states), unserved, unknown)
 
     def snapshot(self) -> PoolSnapshot:
         """Return a frozen copy of the live state."""
         now = self._clock()
         with self._lock:
             lives = tuple(self._lives.values())
-            following = self._chooser.following(now) or lives[0]
+            following = self._chooser.following(now)
             manual = self._chooser.manual
-            index = (manual or following).index
+            chosen = manual or following
+            index = chosen.index if chosen is not None else 0
             states = tuple(x.snapshot(now) for x in lives)
             name = manual.endpoint.name if manual is not None else ""
             return PoolSnapshot(states, index, self._exchanges, name)
@@ -10677,56 +10690,6 @@ class _Ledger:
         if not self._client.may_read_ahead():
             self._services.relay.watch(self._client, 0, self.on_client)
 
-    @_guarded
-    def start(self) -> None:
-        """Serve the request; the relay goes on with the client when it is over."""
-        self._services.pool.enter()
-        balancing = self._services.config.balancing
-        if balancing.dedupe and self._lane is Lane.MESSAGES:
-            self._share_or_begin()
-        else:
-            self._begin()
-
-    def _begin(self) -> None:
-        """Begin the first attempt."""
-        raise NotImplementedError
-
-    def _share_or_begin(self) -> None:
-        """Follow who has asked for the same, or ask for all who will."""
-        request, shares = self._request, self._services.shares
-        key = share_key(request)
-        share = shares.get(key)
-        if not request.head.modern:
-            self._begin()
-        elif share is None:
-            self._leads = shares[key] = Share(shares, key)
-            self._begin()
-        else:
-            told = (self._follow, self._alone, self._followed)
-            following = Following(self._services, self._client, request, *told)
-            self._follows = share, following
-            self._watch_client()
-            share.join(following)
-
-    @_guarded
-    def _alone(self) -> None:
-        """Begin as if nobody else had asked: who did has gone."""
-        self._services.relay.leave(self)
-        self._follows = None
-        self._share_or_begin()
-
-    def _follow(self, endpoint: Endpoint) -> None:
-        """Take note that somebody else's answer begins."""
-        self._services.relay.leave(self)
-        self._course.tried.append(endpoint)
-        self._first_byte_s = time.monotonic()
-        self._follows = None
-        self._let_body_go()
-
-    def _followed(self, ending: Ending) -> None:
-        self._services.relay.leave(self)
-        self._end(ending)
-
     def sweep(self, now: float) -> None:
         """See Moving: connecting has limits of its own, a pause is short."""
         if self._client.is_gone():
@@ -10824,7 +10787,112 @@ class _Ledger:
         )
 
 
-class Exchange(_Ledger):
+class _Waiting(_Ledger):
+    """What an exchange may wait for besides an upstream.
+
+    That is the answer to somebody else's same request, or an account's fresh token.
+    """
+
+    @_guarded
+    def start(self) -> None:
+        """Serve the request; the relay goes on with the client when it is over."""
+        self._services.pool.enter()
+        balancing = self._services.config.balancing
+        if balancing.dedupe and self._lane is Lane.MESSAGES:
+            self._share_or_begin()
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Begin the first attempt."""
+        raise NotImplementedError
+
+    def _try(self, lease: Lease, *, fresh: bool = False) -> None:
+        """Begin an attempt."""
+        raise NotImplementedError
+
+    def _go_on(
+        self, rule: Rule, evidence: Evidence | None, error: UpstreamError | None
+    ) -> None:
+        """Settle an attempt, and begin another or give up."""
+        raise NotImplementedError
+
+    def _share_or_begin(self) -> None:
+        """Follow who has asked for the same, or ask for all who will."""
+        request, shares = self._request, self._services.shares
+        key = share_key(request)
+        share = shares.get(key)
+        if not request.head.modern:
+            self._begin()
+        elif share is None:
+            self._leads = shares[key] = Share(shares, key)
+            self._begin()
+        else:
+            told = (self._follow, self._alone, self._followed)
+            following = Following(self._services, self._client, request, *told)
+            self._follows = share, following
+            self._watch_client()
+            share.join(following)
+
+    @_guarded
+    def _alone(self) -> None:
+        """Begin as if nobody else had asked: who did has gone."""
+        self._services.relay.leave(self)
+        self._follows = None
+        self._share_or_begin()
+
+    def _follow(self, endpoint: Endpoint) -> None:
+        """Take note that somebody else's answer begins."""
+        self._services.relay.leave(self)
+        self._course.tried.append(endpoint)
+        self._first_byte_s = time.monotonic()
+        self._follows = None
+        self._let_body_go()
+
+    def _followed(self, ending: Ending) -> None:
+        self._services.relay.leave(self)
+        self._end(ending)
+
+    def _renew(self, lease: Lease) -> None:
+        """Have the account's token exchanged, and watch the client meanwhile."""
+        services, account = self._services, lease.endpoint.account
+        self._course.renewed += (lease.endpoint.name,)
+        self._watch_client()
+
+        def then(fresh: Secret | None, why: str) -> None:
+            services.relay.tell(partial(self._renewed, lease, fresh is not None, why))
+
+        if services.logins is not None:
+            services.logins.renew(account, self._token, then)
+            services.relay.after(RENEW_PATIENCE_S, partial(self._renew_late, lease))
+
+    @_guarded
+    def _renewed(self, lease: Lease, good: bool, why: str) -> None:
+        """Try again with the fresh token; without one, elsewhere."""
+        if self._over or self._lease is not lease:
+            return
+        self._services.relay.leave(self)
+        again = self._services.pool.again(lease) if good else None
+        if again is not None:
+            self._settle(None)
+            self._try(again)
+        else:
+            evidence = Evidence(CREDENTIAL_RULE, f"answered 401: {why or 'it is out'}")
+            self._go_on(CREDENTIAL_RULE, None if good else evidence, None)
+
+    @_guarded
+    def _renew_late(self, lease: Lease) -> None:
+        """Go elsewhere rather than wait for a provider that hangs, if anybody can."""
+        if self._over or self._lease is not lease:
+            return
+        elsewhere = self._services.pool.reserve(self._ask, self._course.tried)
+        if elsewhere is not None:
+            self._services.relay.leave(self)
+            self._settle(Evidence(WAITING_RULE, "its login waits for the provider"))
+            self._try(elsewhere)
+
+
+class Exchange(_Waiting):
     """One client request, in the relay's thread but for `_connect`."""
 
     def _begin(self) -> None:
@@ -10946,32 +11014,6 @@ class Exchange(_Ledger):
             if following is not None:
                 services.pool.settle(following, None)
             self._give_up(error)
-
-    def _renew(self, lease: Lease) -> None:
-        """Have the account's token exchanged, and watch the client meanwhile."""
-        services, endpoint = self._services, lease.endpoint
-        self._course.renewed += (endpoint.name,)
-        self._watch_client()
-
-        def then(fresh: Secret | None, why: str) -> None:
-            services.relay.tell(partial(self._renewed, fresh is not None, why))
-
-        if services.logins is not None:
-            services.logins.renew(endpoint.account, self._token, then)
-
-    @_guarded
-    def _renewed(self, good: bool, why: str) -> None:
-        """Try again with the fresh token; without one, elsewhere."""
-        lease = self._lease
-        self._services.relay.leave(self)
-        if self._over or lease is None:
-            return
-        if good:
-            self._settle(None)
-            self._retry(lease)
-        else:
-            evidence = Evidence(CREDENTIAL_RULE, f"answered 401: {why}")
-            self._go_on(CREDENTIAL_RULE, evidence, None)
 
     def _retry_later(self, lease: Lease) -> None:
         """Pause, and watch the client meanwhile."""
@@ -11626,7 +11668,7 @@ def status_document(
             },
             **_state_document(state),
         }
-    current = list(keyed)[snapshot.next_index]
+    current = list(keyed)[snapshot.next_index] if keyed else None
     return {
         "current_endpoint": current,
         "total_active_connections": sum(s.in_flight for s in snapshot.endpoints),
@@ -12181,15 +12223,22 @@ class Reloader:
             try:
                 answer = self._asked.get(timeout=WATCH_S)
             except queue.Empty:
-                if self._has_changed():
-                    self._load("the file has changed")
-                elif self._book is not None and self._book.poll():
-                    self._load("the accounts have changed")
+                self._look()
                 continue
             if answer is None:
                 return
             self._load("asked to")
             answer.put(self.faults)
+
+    def _look(self) -> None:
+        """Load again what has changed by itself."""
+        try:
+            if self._has_changed():
+                self._load("the file has changed")
+            elif self._book is not None and self._book.poll():
+                self._load("the accounts have changed")
+        except Exception:  # noqa: BLE001 - the thread lives on
+            self._log.fault("reload: a fault of the proxy")
 
     def _has_changed(self) -> bool:
         """Tell whether the file is another one, and whole: the same for a second."""
@@ -12505,12 +12554,14 @@ class Control:
             change(book)
         except AccountError as error:
             raise RefusedError(400, str(error), close=False) from error
-        if self._server.reloader is not None:
-            self._server.reloader.reload()
 
     def _done(self, message: str, name: str) -> tuple[int, dict[str, object]]:
+        """Have the pool follow a change of the accounts; return what is to be said."""
+        reloader = self._server.reloader
+        faults = reloader.reload() if reloader is not None else ()
         self._server.log.write("warn", f"by hand: {message}")
-        return 200, {"success": True, "message": message, "account": name}
+        told = {"success": True, "message": message, "account": name}
+        return 200, {**told, "warnings": list(faults)} if faults else told
 
     def _unknown(self, name: str) -> RefusedError:
         names = ", ".join(e.name for e in self._server.config.endpoints)
@@ -14265,14 +14316,17 @@ def book_of(config: Config, log: Log) -> AccountBook | None:
     return AccountBook(path, config.accounts, log)
 
 
-def with_stored(config: Config, book: AccountBook | None) -> Config:
-    """Return `config` with the stored accounts; raises ConfigError."""
+def with_stored(config: Config, book: AccountBook | None, *, least: int = 0) -> Config:
+    """Return `config` with the stored accounts; raises ConfigError.
+
+    So many endpoints must be able to serve at `least`: while it runs, none.
+    """
     if book is not None:
         book.settings = config.accounts or book.settings
         book.poll()
         config = with_accounts(config, book.known())
     faults = final_faults(config)
-    if not config.enabled:
+    if len(config.enabled) < least:
         add = "claude_lb.py accounts add NAME"
         faults.append(f"no account is there that could serve: {add}")
     if faults:
@@ -14578,12 +14632,15 @@ def read_config_file(path: str) -> Config:
     return config
 
 
+KEY_VARIABLES = (
+    ("ANTHROPIC_API_KEY", "api_key"),
+    ("ANTHROPIC_AUTH_TOKEN", "auth_token"),
+)
+
+
 def config_from_environment() -> Config:
     """Return api.anthropic.com with the environment's key; raises ConfigError."""
-    for variable, kind in (
-        ("ANTHROPIC_API_KEY", "api_key"),
-        ("ANTHROPIC_AUTH_TOKEN", "auth_token"),
-    ):
+    for variable, kind in KEY_VARIABLES:
         if os.environ.get(variable):
             raw = {"baseURL": ANTHROPIC_URL, "authTokenEnv": variable, "authType": kind}
             return parse_config(json.dumps([raw]), name=variable, source=_Environment())
@@ -14656,7 +14713,9 @@ def config_of_accounts() -> Config | None:
     try:
         return config if book is not None and book.all() else None
     except AccountError as error:
-        raise ConfigError([f"{source}: {error}"]) from error
+        if any(os.environ.get(name) for name, _ in KEY_VARIABLES):
+            return None  # that serves, whatever is wrong with the database
+        return dataclasses.replace(config, warnings=(str(error),))
 
 
 def apply_overrides(config: Config, arguments: argparse.Namespace) -> Config:
@@ -14869,7 +14928,7 @@ def cmd_serve(base: Config, read_base: Callable[[], Config]) -> int:
     store = Store(base.storage, log, rescued=None if book is None else book.restore)
     store.start()
     _mend(store, base)
-    config = with_stored(base, book)
+    config = with_stored(base, book, least=1)
     again = book is not None or os.path.isfile(base.source)
 
     def read() -> Config:
@@ -14894,7 +14953,8 @@ def cmd_serve(base: Config, read_base: Callable[[], Config]) -> int:
 
 def cmd_check(base: Config) -> int:
     """Say what would be served."""
-    config = with_stored(base, book_of(base, Log(LogSettings(level="warn"))))
+    book = book_of(base, Log(LogSettings(level="warn")))
+    config = with_stored(base, book, least=1)
     for warning in config.warnings:
         print(f"warning: {warning}")
     for note in config.notes:

@@ -55,6 +55,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -67,9 +68,11 @@ from claude_lb import (
     AccountBook,
     AccountError,
     AccountSettings,
+    AttemptRecord,
     AuthType,
     Config,
     ConfigError,
+    ExchangeRecord,
     Lane,
     Log,
     LogSettings,
@@ -78,15 +81,33 @@ from claude_lb import (
     ProviderError,
     Renewer,
     Secret,
+    StorageSettings,
+    Store,
+    StoreError,
     Usage,
     Verdict,
     account_of,
+    analytics,
+    analytics_document,
+    analytics_lines,
+    analyze,
+    analyze_lines,
+    clear_history,
     endpoint_of_account,
+    memory_database,
     new_login,
+    open_database,
     parse_config,
+    percentile_ms,
     read_pasted,
     read_token_reply,
+    recent_requests,
+    reset_statistics,
+    statistics,
+    stats_document,
+    stats_lines,
     with_accounts,
+    write_records,
 )
 
 # ============================================================================
@@ -16124,3 +16145,1430 @@ class TestImport:
         names = [p.name for p in tmp_path.rglob("*") if p.name.endswith(".lock")]
         assert len(names) == 1
         assert names[0].startswith("lb.db.")
+
+
+# ============================================================================
+# STORE
+# ============================================================================
+
+AT_S = 1_790_000_000  # 2026-09-21
+STORE_LIMIT_S = 15.0
+
+
+def exchange(number: int = 0, **changes: Any) -> ExchangeRecord:
+    """Return an exchange that went well, but for `changes`."""
+    plain = ExchangeRecord(
+        request_id=f"lb_{number:06x}",
+        method="POST",
+        path="/v1/messages",
+        endpoint="one",
+        status=200,
+        attempts=1,
+        first_byte_ms=400.0,
+        total_ms=2000.0,
+        request_bytes=900,
+        response_bytes=4000,
+        ended=Outcome.OK,
+        at_ms=AT_S * 1000 + number,
+        model_asked="claude-a",
+        model_used="claude-a-1",
+        stream=True,
+        conversation="c0ffee",
+        usage=Usage(10, 20, 30, 4, 5),
+    )
+    return plain._replace(**changes)
+
+
+def failed_exchange(number: int = 0, **changes: Any) -> ExchangeRecord:
+    """Return an exchange that two endpoints failed_exchange."""
+    tried = (
+        AttemptRecord("one", 529, "overloaded", 12.0),
+        AttemptRecord("two", 0, "refused", 3.0),
+    )
+    facts = {"status": 503, "attempts": 2, "ended": Outcome.UPSTREAM_ERROR}
+    named = {"endpoint": "two", "usage": None, "tried": tried, "first_byte_ms": None}
+    return exchange(number, **{**facts, **named, **changes})
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until `condition` holds."""
+    end = time.monotonic() + STORE_LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.005)
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def ids_in(path: Path) -> list[str]:
+    """Return the ids another program sees, in the order they were written."""
+    with closing(sqlite3.connect(path)) as db:
+        return [i for (i,) in db.execute("SELECT id FROM requests ORDER BY rowid")]
+
+
+def add_account(db: sqlite3.Connection, name: str, **more: Any) -> None:
+    db.execute(
+        "INSERT INTO accounts(id, name, refresh_token, access_token, created_at,"
+        " request_count, usage_window_start, usage_window_requests)"
+        " VALUES (?, ?, 'fresh-token', 'token', 1, ?, ?, ?)",
+        (
+            f"id-{name}",
+            name,
+            more.get("count", 0),
+            more.get("start"),
+            more.get("window", 0),
+        ),
+    )
+
+
+class StoreLines:
+    """The lines that a store logs."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.log = Log(LogSettings(file=str(path)))
+
+    def saying(self, word: str) -> list[str]:
+        return [x for x in self._path.read_text("utf-8").splitlines() if word in x]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "history.db"
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> StoreLines:
+    return StoreLines(tmp_path / "log")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claude_lb, "HISTORY_GATHER_S", 0.01)
+    monkeypatch.setattr(claude_lb, "HISTORY_RETRY_S", 0.02)
+
+
+Make = Callable[..., Store]
+
+
+@pytest.fixture
+def make(path: Path, lines: StoreLines) -> Iterator[Make]:
+    """Make stores that run until the test is over."""
+    made: list[Store] = []
+
+    def make_store(**options: Any) -> Store:
+        settings = {"database": str(path), **options.pop("settings", {})}
+        store = Store(StorageSettings(**settings), lines.log, **options)
+        store.start()
+        made.append(store)
+        return store
+
+    yield make_store
+    for store in made:
+        store.stop()
+
+
+def rows_of(store: Store) -> list[dict[str, Any]]:
+    return store.read(lambda db: recent_requests(db, 1000))
+
+
+class TestRecording:
+    def test_a_row_is_there_within_a_second(
+        self, make: Make, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.undo()
+        store = make()
+        begun = time.monotonic()
+        store.record(exchange(1))
+        until(
+            lambda: path.exists() and store.read(claude_lb.analyze)["rows"]["requests"]
+        )
+        assert time.monotonic() - begun < 1.0
+
+    def test_the_row_says_all_that_is_known(self, make: Make) -> None:
+        store = make()
+        store.record(exchange(7))
+        assert store.flush()
+        (row,) = rows_of(store)
+        assert row == {
+            "id": "lb_000007",
+            "timestamp": AT_S * 1000 + 7,
+            "method": "POST",
+            "path": "/v1/messages",
+            "account_used": "one",
+            "status_code": 200,
+            "success": 1,
+            "error_message": None,
+            "response_time_ms": 2000,
+            "failover_attempts": 0,
+            "model_asked": "claude-a",
+            "model_used": "claude-a-1",
+            "ended": "ok",
+            "first_byte_ms": 400.0,
+            "request_bytes": 900,
+            "response_bytes": 4000,
+            "stream": 1,
+            "conversation": "c0ffee",
+            "input_tokens": 10,
+            "output_tokens": 20,
+            "cache_read_input_tokens": 30,
+            "cache_write_5m_tokens": 4,
+            "cache_write_1h_tokens": 5,
+            "cost_usd": None,
+            "attempts": [{"endpoint": "one", "status": 200, "reason": "", "ms": 2000}],
+        }
+
+    def test_a_failure_tells_its_attempts_as_the_other_balancer_did(
+        self, make: Make
+    ) -> None:
+        store = make()
+        store.record(failed_exchange())
+        assert store.flush()
+        (row,) = rows_of(store)
+        assert json.loads(row["error_message"]) == [
+            {
+                "account": "one",
+                "error": "HTTP 529: overloaded",
+                "retries": 1,
+                "model": "claude-a-1",
+            },
+            {
+                "account": "two",
+                "error": "refused",
+                "retries": 1,
+                "model": "claude-a-1",
+            },
+        ]
+        assert (row["success"], row["failover_attempts"]) == (0, 1)
+        assert [a["endpoint"] for a in row["attempts"]] == ["one", "two"]
+        assert [a["ms"] for a in row["attempts"]] == [12.0, 3.0]
+
+    def test_one_that_reached_nobody_names_nobody(self, make: Make) -> None:
+        store = make()
+        store.record(
+            exchange(ended=Outcome.REFUSED, endpoint="", status=0, reason="too large")
+        )
+        assert store.flush()
+        (row,) = rows_of(store)
+        assert (row["account_used"], row["status_code"], row["attempts"]) == (
+            None,
+            None,
+            [],
+        )
+        assert json.loads(row["error_message"])[0]["error"] == "too large"
+
+    def test_the_newest_is_the_one_written_last_whatever_the_clock_says(
+        self, make: Make
+    ) -> None:
+        store = make()
+        store.record(exchange(1))
+        store.record(exchange(2, at_ms=(AT_S - 7200) * 1000))
+        store.record(exchange(3, at_ms=(AT_S + 30 * 86400) * 1000))
+        store.record(exchange(4))
+        assert store.flush()
+        newest_first = [row["id"] for row in rows_of(store)]
+        assert newest_first == ["lb_000004", "lb_000003", "lb_000002", "lb_000001"]
+
+    def test_all_rows_of_many_threads_arrive_once(self, make: Make) -> None:
+        store = make()
+
+        def work(first: int) -> None:
+            for i in range(first, first + 500):
+                store.record(exchange(i))
+
+        threads = [threading.Thread(target=work, args=(n * 500,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert store.flush()
+        assert sorted(
+            r["id"] for r in store.read(lambda db: recent_requests(db, 9999))
+        ) == [f"lb_{i:06x}" for i in range(2000)]
+
+    def test_an_id_counts_once(self, make: Make) -> None:
+        store = make()
+        for record in (exchange(1), exchange(1), exchange(2)):
+            store.record(record)
+        assert store.flush()
+        told = store.read(lambda db: statistics(db, AT_S))
+        assert len(rows_of(store)) == 2
+        assert sum(t.sums.requests for t in told.tallies) == 2
+
+    def test_hostile_names_are_kept_short_and_harmless(self, make: Make) -> None:
+        names = [
+            "\ud800",
+            "a\x00b",
+            "'; DROP TABLE requests --",
+            "\x1b[2J",
+            "\u202e",
+            "",
+        ]
+        names += ["x" * 100_000, "other"]
+        store = make()
+        for i, name in enumerate(names):
+            store.record(exchange(i, model_used=name, model_asked=name))
+        store.record(exchange(99, path="/" + "p" * 100_000))
+        assert store.flush()
+        rows = rows_of(store)
+        assert len(rows) == len(names) + 1
+        assert len(rows[0]["path"]) == claude_lb.HISTORY_PATH
+        shown = "\n".join(stats_lines(stats_document(store.read(every))))
+        assert all(c.isprintable() or c == "\n" for c in shown)
+        assert max(len(r["model_used"] or "") for r in rows) == claude_lb.HISTORY_NAME
+
+    def test_counts_beyond_reason_are_not_known(self, make: Make) -> None:
+        store = make()
+        store.record(exchange(1, usage=Usage(10**30, 5)))
+        store.record(exchange(2, usage=Usage(-1, 5)))
+        store.record(exchange(3))
+        assert store.flush()
+        assert [r["output_tokens"] for r in rows_of(store)] == [20, None, None]
+
+    def test_nothing_is_made_before_the_first_row(self, make: Make, path: Path) -> None:
+        store = make()
+        assert store.flush()
+        assert rows_of(store) == []
+        assert not path.parent.exists()
+
+    def test_history_can_be_off(self, make: Make, path: Path) -> None:
+        store = make(settings={"history": False})
+        store.record(exchange())
+        assert store.flush()
+        assert not path.exists()
+        assert store.health()["state"] == "off"
+
+    def test_without_a_file_all_is_in_memory(self, make: Make, tmp_path: Path) -> None:
+        store = make(settings={"database": None})
+        store.record(exchange(1))
+        assert store.flush()
+        assert [r["id"] for r in rows_of(store)] == ["lb_000001"]
+        assert store.change(clear_history) == 1
+        assert store.health()["database"] is None
+        assert [p.name for p in tmp_path.iterdir()] == ["log"]
+
+    def test_what_waits_is_written_at_the_end(self, make: Make, path: Path) -> None:
+        store = make()
+        for i in range(500):
+            store.record(exchange(i))
+        store.stop()
+        assert len(ids_in(path)) == 500
+
+    def test_one_told_to_stop_at_once_writes_all_the_same(
+        self, path: Path, lines: StoreLines
+    ) -> None:
+        store = Store(StorageSettings(database=str(path)), lines.log)
+        store.record(exchange(1))
+        store.stop()
+        store.start()
+        store.stop()
+        assert ids_in(path) == ["lb_000001"]
+
+    def test_a_long_path_takes_no_room_while_it_waits(
+        self, path: Path, lines: StoreLines
+    ) -> None:
+        store = Store(StorageSettings(database=str(path)), lines.log)
+        store.record(exchange(1, path="/" + "p" * 16_000))
+        assert len(store._waiting[0].path) == claude_lb.HISTORY_PATH
+
+
+def every(db: sqlite3.Connection) -> claude_lb.Statistics:
+    return statistics(db, AT_S)
+
+
+def stats_of(db: sqlite3.Connection) -> Any:
+    """Return what a client reads in /api/stats."""
+    return json.loads(json.dumps(stats_document(every(db))))
+
+
+def analytics_of(db: sqlite3.Connection, *asked: Any, **narrowed: Any) -> Any:
+    """Return what a client reads in /api/analytics."""
+    return json.loads(json.dumps(analytics_document(analytics(db, *asked, **narrowed))))
+
+
+class TestFiles:
+    def test_they_are_for_their_owner_alone(self, make: Make, path: Path) -> None:
+        before = os.umask(0)
+        try:
+            store = make()
+            store.record(exchange())
+            assert store.flush()
+        finally:
+            os.umask(before)
+        assert mode_of(path.parent) == 0o700
+        names = sorted(p.name for p in path.parent.iterdir())
+        assert names == ["history.db", "history.db-shm", "history.db-wal"]
+        assert {mode_of(p) for p in path.parent.iterdir()} == {0o600}
+
+    def test_others_lose_their_rights_to_an_old_file(self, path: Path) -> None:
+        path.parent.mkdir()
+        sqlite3.connect(path).close()
+        path.touch(0o644)
+        path.chmod(0o644)
+        open_database(str(path)).close()
+        assert mode_of(path) == 0o600
+
+    def test_a_link_is_not_followed(self, path: Path, tmp_path: Path) -> None:
+        path.parent.mkdir()
+        path.symlink_to(tmp_path / "elsewhere.db")
+        with pytest.raises(OSError, match="not a plain file") as caught:
+            open_database(str(path))
+        assert caught.value.errno == errno.ELOOP
+        assert not (tmp_path / "elsewhere.db").exists()
+
+    def test_opening_it_again_leaves_the_writers_lock(self, path: Path) -> None:
+        with closing(open_database(str(path))) as db:
+            db.execute("BEGIN IMMEDIATE")
+            open_database(str(path)).close()
+            code = (
+                "import sqlite3, sys; db = sqlite3.connect(sys.argv[1], timeout=0);"
+                "db.execute('BEGIN IMMEDIATE')"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(path)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert "database is locked" in done.stderr
+
+    def test_it_is_a_wal_with_few_syncs(self, path: Path) -> None:
+        with closing(open_database(str(path))) as db:
+            told = [
+                db.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("journal_mode", "synchronous", "busy_timeout")
+            ]
+        assert told == ["wal", 1, 5000]
+
+
+B_ACCOUNTS = """CREATE TABLE accounts(id TEXT PRIMARY KEY, name TEXT NOT NULL,
+    refresh_token TEXT NOT NULL, access_token TEXT, expires_at INTEGER,
+    created_at INTEGER NOT NULL, last_used INTEGER, request_count INTEGER DEFAULT 0,
+    plan_type TEXT DEFAULT 'console', supported_models TEXT DEFAULT 'x,y',
+    usage_window_start INTEGER, usage_window_requests INTEGER DEFAULT 0,
+    input_tokens_window INTEGER DEFAULT 0, output_tokens_window INTEGER DEFAULT 0,
+    estimated_quota_remaining REAL DEFAULT 1.0, detected_tier TEXT,
+    last_tier_detection INTEGER)"""
+B_REQUESTS = """CREATE TABLE requests(id TEXT PRIMARY KEY, timestamp INTEGER NOT NULL,
+    method TEXT NOT NULL, path TEXT NOT NULL, account_used TEXT, status_code INTEGER,
+    success BOOLEAN, error_message TEXT, response_time_ms INTEGER,
+    failover_attempts INTEGER DEFAULT 0 {more})"""
+B3_ACCOUNTS = """CREATE TABLE accounts(id TEXT PRIMARY KEY, name TEXT NOT NULL,
+    provider TEXT DEFAULT 'anthropic', api_key TEXT, refresh_token TEXT NOT NULL,
+    access_token TEXT, expires_at INTEGER, created_at INTEGER NOT NULL,
+    last_used INTEGER, request_count INTEGER DEFAULT 0,
+    total_requests INTEGER DEFAULT 0, account_tier INTEGER DEFAULT 1,
+    rate_limited_until INTEGER, session_start INTEGER,
+    session_request_count INTEGER DEFAULT 0, paused INTEGER DEFAULT 0,
+    rate_limit_reset INTEGER, rate_limit_status TEXT, rate_limit_remaining INTEGER)"""
+B3_MORE = """, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
+    total_tokens INTEGER, cost_usd REAL, output_tokens_per_second REAL,
+    input_tokens INTEGER, cache_read_input_tokens INTEGER,
+    cache_creation_input_tokens INTEGER, output_tokens INTEGER, agent_used TEXT"""
+
+
+def old_file(path: Path, statements: list[str]) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as db:
+        for statement in statements:
+            db.execute(statement)
+        db.execute(
+            "INSERT INTO accounts(id, name, refresh_token, created_at, request_count)"
+            " VALUES ('1', 'one', 'r', 5, 41)"
+        )
+        for i in range(100):
+            db.execute(
+                "INSERT INTO requests(id, timestamp, method, path, account_used,"
+                " status_code, success, response_time_ms)"
+                " VALUES (?, ?, 'POST', '/v1/messages', 'one', 200, ?, 50)",
+                (f"old-{i}", AT_S * 1000 + i * 60_000, i % 4 > 0),
+            )
+        db.commit()
+
+
+class TestUpgrades:
+    def check(self, path: Path) -> sqlite3.Connection:
+        db = open_database(str(path))
+        assert db.execute("PRAGMA user_version").fetchone()[0] == len(
+            claude_lb.MIGRATIONS
+        )
+        rows = recent_requests(db, 1000)
+        assert [r["id"] for r in rows] == [f"old-{i}" for i in reversed(range(100))]
+        told = [t.sums for t in every(db).tallies]
+        assert sum(s.requests for s in told) == 100
+        assert sum(s.succeeded for s in told) == 75
+        assert db.execute("SELECT name, request_count FROM accounts").fetchall() == [
+            ("one", 41)
+        ]
+        write_records(db, [exchange(1)])
+        assert sum(t.sums.requests for t in every(db).tallies) == 101
+        return db
+
+    def test_from_the_balancers_first_file(self, path: Path) -> None:
+        old_file(path, [B_ACCOUNTS, B_REQUESTS.format(more="")])
+        self.check(path).close()
+
+    def test_from_its_later_columns(self, path: Path) -> None:
+        more = ", input_tokens INTEGER, output_tokens INTEGER, model_used TEXT"
+        config = "CREATE TABLE config(key TEXT PRIMARY KEY, value TEXT NOT NULL)"
+        old_file(path, [B_ACCOUNTS, B_REQUESTS.format(more=more), config])
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("UPDATE requests SET model_used = 'm', input_tokens = 7")
+            db.commit()
+        db = self.check(path)
+        assert every(db).tallies[0].model in ("m", "claude-a-1")
+        assert sum(t.sums.input_tokens for t in every(db).tallies) == 710
+        assert db.execute("SELECT count(*) FROM config").fetchone() == (0,)
+        db.close()
+
+    def test_from_its_successor(self, path: Path) -> None:
+        old_file(path, [B3_ACCOUNTS, B_REQUESTS.format(more=B3_MORE)])
+        with closing(sqlite3.connect(path)) as db:
+            db.execute(
+                "UPDATE requests SET model = 'm', cost_usd = 0.5, output_tokens = 2,"
+                " cache_creation_input_tokens = 3, agent_used = 'kept'"
+            )
+            db.commit()
+        db = self.check(path)
+        of_m = [t.sums for t in every(db).tallies if t.model == "m"]
+        assert sum(s.cost_usd for s in of_m) == 50.0
+        assert sum(s.cache_write_5m_tokens for s in of_m) == 300
+        assert db.execute(
+            "SELECT count(*) FROM requests WHERE agent_used = 'kept'"
+        ).fetchone() == (100,)
+        db.close()
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_from_our_own_steps(self, path: Path, version: int) -> None:
+        def steps(db: sqlite3.Connection) -> list[str]:
+            for step in claude_lb.MIGRATIONS[:version]:
+                step(db)
+            found = db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")
+            return [sql for (sql,) in found] + [f"PRAGMA user_version = {version}"]
+
+        with closing(sqlite3.connect(":memory:")) as db:
+            statements = steps(db)
+        old_file(path, statements)
+        self.check(path).close()
+
+    def test_minutes_long_past_are_not_made(self, path: Path) -> None:
+        old_file(path, [B_ACCOUNTS, B_REQUESTS.format(more="")])
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("UPDATE requests SET timestamp = 0 WHERE id < 'old-5'")
+            db.commit()
+        with closing(open_database(str(path))) as db:
+            spans = "SELECT sum(requests) FROM totals WHERE span_s = ?"
+            by_minute, by_hour = (
+                db.execute(spans, (s,)).fetchone() for s in (60, 3600)
+            )
+        assert by_hour == (100,)
+        assert by_minute == (55,)
+
+    def test_values_of_any_type_do_not_stop_it(self, path: Path) -> None:
+        old_file(path, [B_ACCOUNTS, B_REQUESTS.format(more="")])
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("UPDATE requests SET response_time_ms = 'soon', success = 'yes'")
+            db.execute("UPDATE requests SET success = id >= 'old-25'")
+            db.commit()
+        with closing(open_database(str(path))) as upgraded:
+            assert sum(t.sums.requests for t in every(upgraded).tallies) == 100
+
+    def test_two_at_once_take_each_step_once(self, path: Path) -> None:
+        old_file(path, [B_ACCOUNTS, B_REQUESTS.format(more="")])
+        faults: list[Exception] = []
+
+        def upgrade() -> None:
+            try:
+                open_database(str(path)).close()
+            except Exception as error:  # noqa: BLE001
+                faults.append(error)
+
+        threads = [threading.Thread(target=upgrade) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert faults == []
+        self.check(path).close()
+
+    def test_a_step_that_fails_leaves_the_file_as_it_was(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM requests")
+            raise sqlite3.OperationalError("disk I/O error")
+
+        old_file(path, [B_ACCOUNTS, B_REQUESTS.format(more="")])
+        with monkeypatch.context() as patch:
+            patch.setattr(claude_lb, "MIGRATIONS", (*claude_lb.MIGRATIONS[:2], fails))
+            with pytest.raises(sqlite3.OperationalError):
+                open_database(str(path))
+        self.check(path).close()
+
+    def test_a_later_versions_file_is_not_touched(
+        self, path: Path, make: Make, lines: StoreLines
+    ) -> None:
+        path.parent.mkdir()
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("CREATE TABLE requests(later)")
+            db.execute("PRAGMA user_version = 99")
+        before = path.read_bytes()
+        store = make()
+        store.record(exchange(1))
+        assert store.flush()
+        assert [r["id"] for r in rows_of(store)] == ["lb_000001"]
+        assert path.read_bytes() == before
+        assert [p.name for p in path.parent.iterdir()] == [path.name]
+        assert "later version" in str(store.health()["why"])
+        assert len(lines.saying("later version")) == 1
+
+
+def fill_up(db: sqlite3.Connection) -> None:
+    """Let the database have no more pages than it has."""
+    pages = db.execute("PRAGMA page_count").fetchone()[0]
+    db.execute(f"PRAGMA max_page_count = {pages}")
+
+
+class TestStoreFaults:
+    def test_a_full_disk_costs_no_row_that_fits_in_memory(
+        self, make: Make, path: Path, lines: StoreLines
+    ) -> None:
+        full = threading.Event()
+        full.set()
+
+        def connect(name: str) -> sqlite3.Connection:
+            db = open_database(name)
+            if full.is_set():
+                fill_up(db)
+            return db
+
+        store = make(connect=connect)
+        for i in range(1000):
+            store.record(exchange(i))
+        until(lambda: store.health()["state"] == "failing")
+        assert "full" in str(store.health()["why"])
+        assert store.health()["waiting"] == 1000
+        assert rows_of(store) == []
+        assert not store.flush(0.1)
+        full.clear()
+        until(lambda: store.flush(1.0))
+        assert ids_in(path) == [f"lb_{i:06x}" for i in range(1000)]
+        assert store.health() == {
+            "database": str(path),
+            "state": "ok",
+            "why": None,
+            "waiting": 0,
+            "dropped": 0,
+        }
+        assert len(lines.saying("cannot be written")) == 1
+        assert len(lines.saying("written again")) == 1
+
+    def test_rows_in_hand_count_against_the_bound(
+        self, make: Make, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "HISTORY_WAITING", 100)
+        tried, go = threading.Event(), threading.Event()
+
+        def connect(name: str) -> sqlite3.Connection:
+            if not tried.is_set():
+                tried.set()
+                go.wait(STORE_LIMIT_S)
+                raise OSError(errno.EMFILE, "Too many open files")
+            return open_database(name)
+
+        store = make(connect=connect)
+        store.record(exchange(0))
+        assert tried.wait(STORE_LIMIT_S)
+        for i in range(1, 131):
+            store.record(exchange(i))
+        assert store.health()["waiting"] == 100
+        go.set()
+        until(lambda: store.flush(1.0))
+        assert ids_in(path) == [f"lb_{i:06x}" for i in range(31, 131)]
+        assert store.health()["dropped"] == 31
+
+    def test_a_write_that_fails_leaves_nothing_behind(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        db = memory_database()
+        with monkeypatch.context() as patch:
+            patch.setattr(claude_lb, "_count_use", lambda *_: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                write_records(db, [exchange(1)])
+        assert recent_requests(db, 9) == []
+        assert every(db).tallies == []
+        write_records(db, [exchange(1)])
+        assert len(recent_requests(db, 9)) == 1
+
+    def test_beyond_its_bound_the_oldest_rows_go_and_are_counted(
+        self, make: Make, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "HISTORY_WAITING", 100)
+        broken = threading.Event()
+        broken.set()
+
+        def connect(name: str) -> sqlite3.Connection:
+            if broken.is_set():
+                raise OSError(errno.EMFILE, "Too many open files")
+            return open_database(name)
+
+        store = make(connect=connect)
+        for i in range(350):
+            store.record(exchange(i))
+        until(lambda: store.health()["waiting"] == 100)
+        until(lambda: "Too many open files" in str(store.health()["why"]))
+        broken.clear()
+        until(lambda: store.flush(1.0))
+        assert store.health()["dropped"] == 250
+        assert ids_in(path) == [f"lb_{i:06x}" for i in range(250, 350)]
+
+    def test_rows_wait_while_another_process_locks_the_file(
+        self, make: Make, path: Path, lines: StoreLines
+    ) -> None:
+        def connect(name: str) -> sqlite3.Connection:
+            db = open_database(name)
+            db.execute("PRAGMA busy_timeout = 20")
+            return db
+
+        store = make(connect=connect)
+        store.record(exchange(1))
+        assert store.flush()
+        code = (
+            "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]);"
+            "db.execute('BEGIN EXCLUSIVE'); print('locked', flush=True); input()"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "locked\n"
+            store.record(exchange(2))
+            until(lambda: "locked" in str(store.health()["why"]))
+            assert [r["id"] for r in rows_of(store)] == ["lb_000001"]
+            other.communicate("\n")
+        until(lambda: store.flush(1.0))
+        assert ids_in(path) == ["lb_000001", "lb_000002"]
+        assert store.health()["state"] == "ok"
+        assert len(lines.saying("cannot be written")) == 1
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_a_folder_that_cannot_be_written(self, make: Make, path: Path) -> None:
+        path.parent.mkdir(0o500)
+        store = make()
+        store.record(exchange(1))
+        until(lambda: "Permission denied" in str(store.health()["why"]))
+        path.parent.chmod(0o700)
+        until(lambda: store.flush(1.0))
+        assert ids_in(path) == ["lb_000001"]
+
+    def test_a_folder_that_cannot_be_made(self, make: Make, path: Path) -> None:
+        path.parent.write_text("in the way")
+        store = make()
+        store.record(exchange(1))
+        until(lambda: store.health()["state"] == "failing")
+        assert store.health()["waiting"] == 1
+        path.parent.unlink()
+        until(lambda: store.flush(1.0))
+        assert ids_in(path) == ["lb_000001"]
+
+    def test_a_deleted_file_is_begun_anew(self, make: Make, path: Path) -> None:
+        rescued: list[int] = []
+        store = make(rescued=lambda db: rescued.append(1))
+        store.record(exchange(1))
+        assert store.flush()
+        for file in path.parent.iterdir():
+            file.unlink()
+        store.record(exchange(2))
+        assert store.flush()
+        assert ids_in(path) == ["lb_000002"]
+        assert rescued == [1]
+
+    def test_a_file_put_in_its_place_gets_the_rows(
+        self, make: Make, path: Path, tmp_path: Path
+    ) -> None:
+        rescued: list[int] = []
+        store = make(rescued=lambda db: rescued.append(1))
+        store.record(exchange(1))
+        assert store.flush()
+        other = tmp_path / "other.db"
+        with closing(open_database(str(other))) as db:
+            write_records(db, [exchange(9)])
+        for file in path.parent.iterdir():
+            file.unlink()
+        other.rename(path)
+        store.record(exchange(2))
+        assert store.flush()
+        assert ids_in(path) == ["lb_000009", "lb_000002"]
+        assert rescued == []
+
+    def test_a_deleted_journal_loses_no_row(self, make: Make, path: Path) -> None:
+        store = make()
+        store.record(exchange(1))
+        assert store.flush()
+        Path(f"{path}-wal").unlink()
+        store.record(exchange(2))
+        assert store.flush()
+        assert ids_in(path) == ["lb_000001", "lb_000002"]
+        assert [r["id"] for r in rows_of(store)] == ["lb_000002", "lb_000001"]
+
+    def test_an_exception_in_the_thread_costs_no_row(
+        self, make: Make, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[int] = []
+        really = claude_lb.write_records
+
+        def fails_twice(db: sqlite3.Connection, records: Any) -> None:
+            calls.append(len(records))
+            if len(calls) < 3:
+                raise RuntimeError("a bug")
+            really(db, records)
+
+        monkeypatch.setattr(claude_lb, "write_records", fails_twice)
+        store = make()
+        for i in range(20):
+            store.record(exchange(i))
+        until(lambda: store.flush(1.0))
+        assert len(calls) > 2
+        assert ids_in(path) == [f"lb_{i:06x}" for i in range(20)]
+
+    def test_a_row_that_cannot_be_written_holds_up_no_other(
+        self, make: Make, path: Path
+    ) -> None:
+        store = make()
+        for i in range(200):
+            store.record(exchange(i, request_bytes=10**40 if i == 77 else 1))
+        until(lambda: store.flush(1.0))
+        assert ids_in(path) == [f"lb_{i:06x}" for i in range(200) if i != 77]
+        assert store.health()["dropped"] == 1
+
+    def test_a_fault_of_our_own_ends_with_its_cause(
+        self, make: Make, path: Path, lines: StoreLines, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = make()
+        store.record(exchange(1))
+        assert store.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(claude_lb, "HISTORY_CHORE_S", 0.0)
+            patch.setattr(claude_lb, "drop_rows", lambda *_: 1 // 0)
+            store.record(exchange(2))
+            until(lambda: "fault of the proxy" in str(store.health()["why"]))
+            assert "ZeroDivisionError" in lines.saying("traceback")[0]
+        store.record(exchange(3))
+        until(lambda: store.flush(1.0))
+        assert ids_in(path) == ["lb_000001", "lb_000002", "lb_000003"]
+        assert store.health()["state"] == "ok"
+
+    def test_reading_what_cannot_be_read_says_so(self, make: Make, path: Path) -> None:
+        path.parent.mkdir()
+        path.mkdir()
+        store = make()
+        with pytest.raises(StoreError, match="the database cannot be used"):
+            rows_of(store)
+
+    def test_readers_cannot_change_it(self, make: Make) -> None:
+        store = make()
+        store.record(exchange(1))
+        assert store.flush()
+        with pytest.raises(StoreError, match="readonly"):
+            store.read(clear_history)
+        assert store.change(clear_history) == 1
+        assert rows_of(store) == []
+
+
+def spoil(path: Path, how: str) -> None:
+    """Damage a database that nobody has open."""
+    data = bytearray(path.read_bytes())
+    if how == "header":
+        data[:100] = random.Random(1).randbytes(100)
+    else:
+        for page in range(4096, len(data), 4096):
+            data[page : page + 64] = b"\xff" * 64
+    path.write_bytes(data)
+
+
+class TestDamage:
+    def made_with_account(self, path: Path) -> None:
+        with closing(open_database(str(path))) as db:
+            add_account(db, "kept")
+            write_records(db, [exchange(i) for i in range(50)])
+
+    @pytest.mark.parametrize("how", ["header", "pages"])
+    def test_the_file_is_set_aside_and_a_new_one_begun(
+        self, path: Path, make: Make, lines: StoreLines, how: str
+    ) -> None:
+        self.made_with_account(path)
+        spoil(path, how)
+        Path(f"{path}-wal").touch(0o644)
+        rescued: list[tuple[int, ...]] = []
+        store = make(
+            rescued=lambda db: rescued.append(
+                db.execute("SELECT count(*) FROM requests").fetchone()
+            ),
+            clock=lambda: float(AT_S),
+        )
+        store.record(exchange(100))
+        assert store.flush()
+        assert ids_in(path) == ["lb_000064"]
+        assert rescued == [(0,)]
+        aside = "history.db.corrupt-20260921T141320"
+        moved = {p.name: mode_of(p) for p in path.parent.glob("*.corrupt-*")}
+        assert moved[aside] == 0o600
+        assert set(moved.values()) == {0o600}
+        assert store.health()["state"] == "ok"
+        assert store.health()["dropped"] == 0
+        assert len(lines.saying("is damaged")) == 1
+
+    def test_accounts_that_can_be_read_come_along(self, path: Path, make: Make) -> None:
+        self.made_with_account(path)
+        with closing(sqlite3.connect(path)) as db:
+            found = db.execute(
+                "SELECT rootpage FROM sqlite_master WHERE name NOT LIKE '%accounts%'"
+            ).fetchall()
+        data = bytearray(path.read_bytes())
+        for (page,) in found:
+            data[(page - 1) * 4096 : page * 4096] = b"\xff" * 4096
+        path.write_bytes(data)
+        store = make()
+        store.record(exchange(1))
+        assert store.flush()
+        told = store.read(
+            lambda db: db.execute("SELECT name, refresh_token FROM accounts").fetchall()
+        )
+        assert told == [("kept", "fresh-token")]
+        assert ids_in(path) == ["lb_000001"]
+
+    @pytest.mark.parametrize("how", ["header", "pages"])
+    def test_damage_that_a_reader_meets_is_mended(
+        self, path: Path, make: Make, how: str
+    ) -> None:
+        self.made_with_account(path)
+        spoil(path, how)
+        store = make()
+        with pytest.raises(StoreError, match=r"not a database|malformed"):
+            rows_of(store)
+        until(lambda: list(path.parent.glob("*.corrupt-*")))
+        until(lambda: rows_of(store) == [])
+
+    def test_an_empty_file_is_taken_as_a_new_one(self, path: Path, make: Make) -> None:
+        path.parent.mkdir()
+        path.touch()
+        store = make()
+        store.record(exchange(1))
+        assert store.flush()
+        assert ids_in(path) == ["lb_000001"]
+        assert not list(path.parent.glob("*.corrupt-*"))
+
+
+STORE_CHILD = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+import claude_lb as lb
+log = lb.Log(lb.LogSettings())
+store = lb.Store(lb.StorageSettings(database=sys.argv[1]), log)
+store.start()
+first, i = int(sys.argv[3]), 0
+def exchange(number):
+    usage = lb.Usage(10, 20, 30, 40, 50)
+    facts = ("POST", "/v1/messages", "one", 200, 1, 12.5, 100.0, 1000, 2000)
+    told = (lb.Outcome.OK, "", int(time.time() * 1000), "m", "m", (), True, "", usage)
+    return lb.ExchangeRecord(f"lb_{number:06x}", *facts, *told)
+while True:
+    i += 1
+    store.record(exchange(first + i))
+    print(first + i, time.monotonic(), flush=True)
+    time.sleep(0.001)
+"""
+
+
+def killed_round(path: Path, number: int, seconds: float) -> tuple[set[str], set[str]]:
+    """Let a child record, kill it; return the ids older than 1 s and those shown."""
+    first = number * 100_000
+    here = str(Path(__file__).parent)
+    with subprocess.Popen(
+        [sys.executable, "-c", STORE_CHILD, str(path), here, str(first)],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        recorded: list[tuple[int, float]] = []
+        shown: set[str] = set()
+        end = None
+        for line in child.stdout:
+            name, at = line.split()
+            recorded.append((int(name), float(at)))
+            end = end or float(at) + seconds
+            if len(recorded) % 200 == 0 and path.exists():
+                with closing(open_database(str(path))) as db:
+                    shown |= {r["id"] for r in recent_requests(db, 1000)}
+            if float(at) > end:
+                break
+        killed_at = time.monotonic()
+        child.send_signal(signal.SIGKILL)
+        child.stdout.close()
+    old = {f"lb_{n:06x}" for n, at in recorded if at < killed_at - 1.0}
+    return old, {i for i in shown if i >= f"lb_{first:06x}"}
+
+
+class TestKilled:
+    def test_no_row_is_lost_that_was_shown_or_is_a_second_old(self, path: Path) -> None:
+        for number in range(1, 4):
+            old, shown = killed_round(path, number, 1.2)
+            with closing(open_database(str(path))) as db:
+                told = db.execute("PRAGMA integrity_check").fetchone()[0]
+                there = {r["id"] for r in recent_requests(db, 100_000)}
+            assert told == "ok"
+            assert len(old) > 20
+            assert old - there == set()
+            assert shown - there == set()
+
+
+def mixed(count: int) -> list[ExchangeRecord]:
+    """Return exchanges of all kinds over some hours, the same each time."""
+    chance = random.Random(5)
+    records = []
+    for i in range(count):
+        at_ms = (AT_S - chance.randrange(5 * 3600)) * 1000
+        facts: dict[str, Any] = {
+            "endpoint": chance.choice(["one", "two", ""]),
+            "model_used": chance.choice(["claude-a", "claude-b", None]),
+            "total_ms": float(chance.randrange(10_000)),
+            "first_byte_ms": chance.choice([None, chance.lognormvariate(6, 1)]),
+            "at_ms": at_ms,
+            "usage": chance.choice(
+                [None, Usage(chance.randrange(99), chance.randrange(99), 5, 6, 7)]
+            ),
+        }
+        kinds: list[dict[str, Any]] = [
+            {},
+            {},
+            {},
+            {"status": 400},
+            {"ended": Outcome.CLIENT_CANCELLED},
+        ]
+        records.append(exchange(i, **{**facts, **chance.choice(kinds)}))
+    return records
+
+
+class TestRollUps:
+    def test_they_equal_the_sums_of_the_rows(self) -> None:
+        db = memory_database()
+        records = mixed(3000)
+        for start in range(0, len(records), 700):
+            write_records(db, records[start : start + 700])
+        by_rows = db.execute(
+            "SELECT timestamp / ? / 1000 * ?, ifnull(account_used, ''),"
+            " coalesce(model_used, model_asked), count(*), sum(success),"
+            " sum(ended = 'client_cancelled'), sum(stream), sum(response_time_ms),"
+            " total(input_tokens), total(output_tokens),"
+            " total(cache_read_input_tokens), total(cache_write_5m_tokens),"
+            " total(cache_write_1h_tokens), sum(output_tokens IS NOT NULL)"
+            " FROM requests GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
+            (3600, 3600),
+        ).fetchall()
+        by_totals = db.execute(
+            "SELECT at, endpoint, model, requests, succeeded, cancelled, streams,"
+            " response_ms, input_tokens, output_tokens, cache_read_input_tokens,"
+            " cache_write_5m_tokens, cache_write_1h_tokens, unpriced FROM totals"
+            " WHERE span_s = 3600 ORDER BY at, endpoint, model"
+        ).fetchall()
+        assert by_totals == by_rows
+        per_minute = db.execute(
+            "SELECT at - at % 3600, endpoint, model, sum(requests), sum(succeeded)"
+            " FROM totals WHERE span_s = 60 GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+        ).fetchall()
+        assert per_minute == [row[:5] for row in by_rows]
+        timed = db.execute("SELECT count(first_byte_ms) FROM requests").fetchone()
+        for span in (60, 3600):
+            assert (
+                timed
+                == db.execute(
+                    "SELECT sum(requests) FROM first_bytes WHERE span_s = ?", (span,)
+                ).fetchone()
+            )
+
+    def test_an_upgrade_sums_up_as_writing_does(self, path: Path) -> None:
+        with closing(open_database(str(path))) as db:
+            write_records(db, mixed(2000))
+            tables = "totals", "first_bytes"
+            wanted = [db.execute(f"SELECT * FROM {t}").fetchall() for t in tables]
+            for table in tables:
+                db.execute(f"DROP TABLE {table}")
+            db.execute("DROP INDEX requests_failed")
+            db.execute("PRAGMA user_version = 2")
+        with closing(open_database(str(path))) as db:
+            assert wanted == [
+                db.execute(f"SELECT * FROM {t}").fetchall() for t in tables
+            ]
+
+    def test_cost_is_summed_where_it_is_known(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def cost(model: str, usage: Usage, at_s: float) -> float | None:
+            assert at_s == pytest.approx(AT_S, abs=10)
+            return None if model == "new" else 0.25 * (usage.output_tokens or 0)
+
+        monkeypatch.setattr(claude_lb, "cost_usd", cost)
+        db = memory_database()
+        records = [exchange(1), exchange(2), exchange(3, model_used="new")]
+        write_records(db, [*records, exchange(4, usage=None)])
+        document = stats_of(db)
+        assert document["totalCostUsd"] == 10.0
+        assert document["unpriced"] == 1
+        assert [r["cost_usd"] for r in recent_requests(db, 4)] == [None, None, 5.0, 5.0]
+        only_new = analytics_of(db, "1h", AT_S, model="new")
+        assert only_new["totals"]["totalCostUsd"] is None
+
+    def test_invented_models_do_not_fill_the_disk(self) -> None:
+        db = memory_database()
+        models = [*(f"m{i}" for i in range(250)), *["real"] * 5]
+        write_records(db, [exchange(i, model_used=m) for i, m in enumerate(models)])
+        for start in range(0, 750, 125):
+            numbers = range(1000 + start, 1125 + start)
+            write_records(db, [exchange(i, model_used=f"m{i}") for i in numbers])
+        write_records(db, [exchange(9999, model_used="real")])
+        for span in (60, 3600):
+            told = dict(
+                db.execute(
+                    "SELECT model, sum(requests) FROM totals WHERE span_s = ?"
+                    " GROUP BY 1",
+                    (span,),
+                )
+            )
+            assert len(told) <= claude_lb.ROLLUP_PAIRS + 1
+            assert sum(told.values()) == 1006
+            assert told["real"] == 6
+            assert told["other"] == 1000 - (claude_lb.ROLLUP_PAIRS - 1)
+        assert len({r["model_used"] for r in recent_requests(db, 2000)}) == 1001
+
+    def test_percentiles_are_within_a_tenth(self) -> None:
+        chance = random.Random(3)
+        db = memory_database()
+        times = [chance.lognormvariate(6.5, 0.8) for _ in range(4000)]
+        write_records(db, [exchange(i, first_byte_ms=ms) for i, ms in enumerate(times)])
+        document = analytics_of(db, "1h", AT_S)
+        times.sort()
+        for share, name in ((0.5, "firstByteP50Ms"), (0.95, "firstByteP95Ms")):
+            exact = times[int(share * len(times)) - 1]
+            for told in (
+                document["totals"],
+                document["accountPerformance"][0],
+                document["modelPerformance"][0],
+            ):
+                assert told[name] == pytest.approx(exact, rel=0.1)
+
+    def test_percentiles_of_few(self) -> None:
+        assert percentile_ms([], 0.5) is None
+        assert percentile_ms([(0.0, 3)], 0.5) == 0.5
+        assert percentile_ms([(100.0, 1)], 0.95) == pytest.approx(109.05, abs=0.06)
+        assert percentile_ms([(1.0, 1), (64.0, 9)], 0.1) == pytest.approx(1.1)
+        assert percentile_ms([(1.0, 1), (64.0, 9)], 0.11) == pytest.approx(69.8)
+
+
+class TestAccountCounters:
+    def counters(self, db: sqlite3.Connection, name: str = "one") -> tuple[Any, ...]:
+        found: tuple[Any, ...] = db.execute(
+            "SELECT request_count, last_used, usage_window_start,"
+            " usage_window_requests FROM accounts WHERE name = ?",
+            (name,),
+        ).fetchone()
+        return found
+
+    def test_what_is_served_is_counted_once(self) -> None:
+        db = memory_database()
+        add_account(db, "one", count=5)
+        add_account(db, "two")
+        write_records(db, [exchange(1), exchange(2), failed_exchange(3)])
+        first, last = AT_S * 1000 + 1, AT_S * 1000 + 2
+        assert self.counters(db) == (7, last, first, 2)
+        assert self.counters(db, "two") == (0, None, None, 0)
+
+    @pytest.mark.parametrize(
+        ("hours", "wanted"), [(-4.99, 9), (-5.0, 1), (-6.0, 1), (0.5, 9), (99.0, 1)]
+    )
+    def test_a_window_lasts_five_hours(self, hours: float, wanted: int) -> None:
+        db = memory_database()
+        start = AT_S * 1000 + int(hours * 3_600_000)
+        add_account(db, "one", start=start, window=8)
+        write_records(db, [exchange(0)])
+        assert self.counters(db)[3] == wanted
+        assert self.counters(db)[2] == (start if wanted == 9 else AT_S * 1000)
+
+    def test_reset_sets_the_counters_to_none_and_keeps_the_history(self) -> None:
+        db = memory_database()
+        add_account(db, "one", count=5)
+        write_records(db, [exchange(1)])
+        reset_statistics(db)
+        assert self.counters(db)[:2] == (0, None)
+        assert len(recent_requests(db, 10)) == 1
+
+
+class TestRetention:
+    def pruned(self, make: Make, monkeypatch: pytest.MonkeyPatch, **kept: Any) -> Store:
+        monkeypatch.setattr(claude_lb, "HISTORY_CHORE_S", 0.01)
+        return make(settings=kept, clock=lambda: float(AT_S))
+
+    def test_old_rows_go_in_small_steps_without_a_pause(
+        self, make: Make, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps: list[int] = []
+        really = claude_lb.drop_rows
+
+        def step(db: sqlite3.Connection, before_ms: int, surplus: int) -> int:
+            steps.append(really(db, before_ms, surplus))
+            return steps[-1]
+
+        monkeypatch.setattr(claude_lb, "HISTORY_STEP", 10)
+        monkeypatch.setattr(claude_lb, "drop_rows", step)
+        old_ms = (AT_S - 3 * 86400) * 1000
+        times = [old_ms if i % 3 else AT_S * 1000 for i in range(300)]
+        with closing(open_database(str(path))) as db:
+            write_records(db, [exchange(i, at_ms=at) for i, at in enumerate(times)])
+        store = make(settings={"retention_days": 2.0}, clock=lambda: float(AT_S))
+        store.record(exchange(999))
+        until(lambda: len(rows_of(store)) == 101)
+        assert {r["timestamp"] for r in rows_of(store)[1:]} == {AT_S * 1000}
+        assert max(steps) == 10
+        assert sum(steps) == 200
+
+    def test_the_first_rows_go_where_they_are_too_many(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "HISTORY_STEP", 7)
+        store = self.pruned(make, monkeypatch, max_rows=50)
+        for i in range(120):
+            store.record(exchange(i))
+        store.flush()
+        until(lambda: len(rows_of(store)) <= 50)
+        for _ in range(3):
+            assert store.flush()
+        assert [r["id"] for r in rows_of(store)] == [
+            f"lb_{i:06x}" for i in reversed(range(70, 120))
+        ]
+
+    def test_the_bound_of_a_running_store_can_change(
+        self, make: Make, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = self.pruned(make, monkeypatch)
+        for i in range(30):
+            store.record(exchange(i))
+        assert store.flush()
+        store.configure(StorageSettings(database=str(path), max_rows=10))
+        until(lambda: store.flush(1.0) and len(rows_of(store)) == 10)
+
+    def test_in_memory_there_is_room_for_fewer(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "MEMORY_ROWS", 20)
+        store = self.pruned(make, monkeypatch, database=None)
+        for i in range(50):
+            store.record(exchange(i))
+        until(lambda: store.flush(1.0) and len(rows_of(store)) == 20)
+        assert rows_of(store)[0]["id"] == "lb_000031"
+
+    def test_roll_ups_go_when_their_time_is_over(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = self.pruned(make, monkeypatch, retention_days=2.0)
+        hours_ago = [0, 1, 6, 8, 20, 47, 50, 80]
+        for i, hours in enumerate(hours_ago):
+            store.record(exchange(i, at_ms=(AT_S - hours * 3600) * 1000))
+            store.flush()
+
+        def spans(span: int) -> set[int]:
+            def ages(db: sqlite3.Connection) -> set[int]:
+                found = db.execute("SELECT at FROM totals WHERE span_s = ?", (span,))
+                return {round((AT_S - at) / 3600 - 0.5) for (at,) in found}
+
+            return store.read(ages)
+
+        until(lambda: store.flush(1.0) and max(spans(3600)) < 50)
+        until(lambda: store.flush(1.0) and max(spans(60)) < 8)
+        assert spans(3600) == {0, 1, 6, 8, 20, 47}
+        assert spans(60) == {0, 1, 6}
+
+    def test_clearing_takes_rows_and_roll_ups(self) -> None:
+        db = memory_database()
+        write_records(db, mixed(100))
+        assert clear_history(db) == 100
+        assert clear_history(db) == 0
+        counts = analyze(db)["rows"]
+        assert counts == {"accounts": 0, "requests": 0, "totals": 0, "first_bytes": 0}
+        write_records(db, [exchange(1)])
+        assert sum(t.sums.requests for t in every(db).tallies) == 1
+
+
+class TestReports:
+    def filled(self) -> sqlite3.Connection:
+        db = memory_database()
+        add_account(db, "one")
+        add_account(db, "idle")
+        write_records(db, [exchange(i) for i in range(7)])
+        write_records(db, [failed_exchange(10), failed_exchange(11)])
+        refused = {"endpoint": "", "status": 413, "model_used": None}
+        none = {"model_asked": None, "usage": None, "first_byte_ms": None}
+        write_records(db, [exchange(20, ended=Outcome.REFUSED, **{**refused, **none})])
+        return db
+
+    def test_stats_has_the_fields_scripts_read(self) -> None:
+        document = stats_of(self.filled())
+        assert document["totalRequests"] == 10
+        assert document["successRate"] == 70
+        assert document["activeAccounts"] == 1
+        assert document["avgResponseTime"] == 2000
+        assert document["totalTokens"] == 7 * 69
+        assert document["totalCostUsd"] is None
+        assert document["unpriced"] == 7
+        assert document["avgTokensPerSecond"] == 10.0
+        assert document["cacheHitRate"] == 61.2  # 30 of 49
+        assert document["topModels"] == [
+            {"model": "claude-a-1", "count": 9, "percentage": 100}
+        ]
+        named = {a["name"]: a for a in document["accounts"]}
+        assert list(named) == ["one", "two", "no_account"]
+        assert named["one"]["requestCount"] == named["one"]["totalRequests"] == 7
+        assert named["two"]["successRate"] == 0
+        errors = document["recentErrors"]
+        assert len(errors) == 3
+        assert errors[0].endswith("no_account: refused")
+        assert errors[1].endswith("one: HTTP 529: overloaded; two: refused")
+
+    def test_an_empty_database_is_all_zero(self) -> None:
+        db = memory_database()
+        document = stats_of(db)
+        assert document["totalRequests"] == document["successRate"] == 0
+        assert document["activeAccounts"] == document["avgResponseTime"] == 0
+        assert document["totalTokens"] == document["totalCostUsd"] == 0
+        assert document["avgTokensPerSecond"] is None
+        assert document["topModels"] == document["accounts"] == []
+        assert document["recentErrors"] == []
+        for name, (_, _, buckets) in claude_lb.RANGES.items():
+            told = analytics_of(db, name, AT_S)
+            assert len(told["timeSeries"]) == buckets
+            assert told["totals"]["successRate"] == 0
+            assert analytics_lines(told)
+        assert stats_lines(document)
+
+    @pytest.mark.parametrize(
+        ("name", "bucket", "width_s"),
+        [
+            ("1h", "1m", 60),
+            ("6h", "5m", 300),
+            ("24h", "1h", 3600),
+            ("7d", "1h", 3600),
+            ("30d", "1d", 86400),
+        ],
+    )
+    def test_a_range_has_all_its_buckets(
+        self, name: str, bucket: str, width_s: int
+    ) -> None:
+        db = memory_database()
+        before, within = AT_S - 2 * width_s, AT_S
+        write_records(db, [exchange(1, at_ms=before * 1000), exchange(2)])
+        document = analytics_of(db, name, within)
+        assert document["meta"]["range"] == name
+        assert document["meta"]["bucket"] == bucket
+        series = document["timeSeries"]
+        starts = [entry["ts"] for entry in series]
+        assert starts[-1] == AT_S // width_s * width_s * 1000
+        assert {b - a for a, b in zip(starts, starts[1:])} == {width_s * 1000}
+        assert [e["requests"] for e in series[-3:]] == [1, 0, 1]
+        assert document["totals"]["requests"] == 2
+        assert series[-1]["firstByteP50Ms"] == pytest.approx(400, rel=0.1)
+        assert series[-2]["firstByteP50Ms"] is None
+
+    def test_what_is_outside_a_range_does_not_count(self) -> None:
+        db = memory_database()
+        times = [AT_S - 3600, AT_S - 3500, AT_S, AT_S + 86400]
+        write_records(db, [exchange(i, at_ms=at * 1000) for i, at in enumerate(times)])
+        assert analytics_of(db, "1h", AT_S)["totals"]["requests"] == 2
+
+    def test_it_can_be_narrowed_to_an_endpoint_or_a_model(self) -> None:
+        db = self.filled()
+        one = analytics_of(db, "1h", AT_S, endpoint="one")
+        assert one["totals"]["requests"] == 7
+        assert list(one["byEndpoint"]) == ["one"]
+        model = analytics_of(db, "1h", AT_S, model="claude-a-1")
+        assert model["totals"]["requests"] == 9
+        none = analytics_of(db, "1h", AT_S, model="'; --")
+        assert none["totals"]["requests"] == 0
+
+    def test_series_of_endpoints_and_models_sum_up_to_the_whole(self) -> None:
+        db = memory_database()
+        write_records(db, mixed(500))
+        document = analytics_of(db, "6h", AT_S)
+        whole = [e for e in document["timeSeries"] if e["requests"]]
+        for entry in whole:
+            parts = [
+                e["requests"]
+                for series in document["byEndpoint"].values()
+                for e in series
+                if e["ts"] == entry["ts"]
+            ]
+            assert sum(parts) == entry["requests"]
+        assert set(document["byModel"]) == {"claude-a", "claude-b"}
+        assert sum(m["count"] for m in document["modelDistribution"]) == 500
+        assert len(document["costByModel"]) == 2
+
+    def test_text_is_aligned(self) -> None:
+        db = self.filled()
+        lines = stats_lines(stats_of(db))
+        top = next(i for i, line in enumerate(lines) if line.startswith("account"))
+        assert len({len(line) for line in lines[top : top + 4]}) == 1
+        assert any("claude-a-1" in line for line in lines)
+        shown = analytics_lines(analytics_of(db, "1h", AT_S))
+        assert any(line.startswith("2026-09-21T14:13Z") for line in shown)
+
+    @pytest.mark.parametrize("filled", [False, True])
+    def test_analyze_tells_plans_and_sizes(self, path: Path, *, filled: bool) -> None:
+        with closing(open_database(str(path))) as db:
+            if filled:
+                write_records(db, mixed(100))
+            document = analyze(db)
+        assert document["rows"]["requests"] == (100 if filled else 0)
+        assert document["bytes"] == document["pages"] * document["pageBytes"] > 0
+        assert document["schema"] == 3
+        plans = document["plans"]
+        assert len(plans) >= 5
+        assert all(plans.values())
+        scans = [s for steps in plans.values() for s in steps if s.startswith("SCAN")]
+        assert all("requests" in s for s in scans)  # by rowid, up to a limit
+        assert "requests_failed" in " ".join(plans["GET /api/stats, failures"])
+        assert "idx_requests_timestamp" in " ".join(plans["retention, by age"])
+        assert any("requests" in line for line in analyze_lines(document))
+
+    def test_analyze_works_where_there_is_no_file_yet(self, make: Make) -> None:
+        assert make().read(analyze)["rows"]["requests"] == 0
+
+
+class TestOneLiners:
+    def test_what_people_typed_still_works(self, path: Path) -> None:
+        with closing(open_database(str(path))) as db:
+            add_account(db, "one")
+            write_records(db, [exchange(1), failed_exchange(2)])
+        with closing(sqlite3.connect(path)) as db:
+
+            def ask(sql: str) -> list[Any]:
+                return db.execute(sql).fetchall()
+
+            assert ask("SELECT name, request_count, plan_type FROM accounts") == [
+                ("one", 1, "console")
+            ]
+            assert ask(
+                "SELECT account_used, status_code, success, response_time_ms,"
+                " failover_attempts FROM requests ORDER BY timestamp DESC LIMIT 10"
+            ) == [("two", 503, 0, 2000, 1), ("one", 200, 1, 2000, 0)]
+            assert ask(
+                "SELECT account_used, COUNT(*), AVG(response_time_ms) FROM requests"
+                " WHERE success = 1 GROUP BY account_used"
+            ) == [("one", 1, 2000.0)]
+            assert ask(
+                "SELECT datetime(timestamp / 1000, 'unixepoch') FROM requests"
+                " WHERE error_message IS NOT NULL"
+            ) == [("2026-09-21 14:13:20",)]
+            db.execute("UPDATE accounts SET request_count = 0, last_used = NULL")
+            assert db.execute("DELETE FROM requests").rowcount == 2
