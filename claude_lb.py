@@ -234,6 +234,7 @@ RENEW_LOCK_S = 75.0  # waiting for another process's refresh: longer than it tak
 ASK_S = 30.0  # the provider's answer
 ASK_BYTES = 64 * 1024
 TOKEN_LIFE_MOST_S = 400 * 86_400.0  # setup tokens live for a year
+LAST_MS = 2.5e14  # later times, which another program may have stored, are no dates
 LOGIN_S = 600.0  # from the login's address to its code
 
 CRLF = b"\r\n"
@@ -2218,6 +2219,8 @@ def left_for_restart(running: Config, config: Config) -> list[str]:
         "server.port": (running.server.port, config.server.port),
         "log.file": (running.log.file, config.log.file),
         "log.color": (running.log.color, config.log.color),
+        "storage.database": (running.storage.database, config.storage.database),
+        "accounts": (running.accounts is None, config.accounts is None),
     }
     changed = [name for name, (old, new) in settings.items() if old != new]
     return [f"{name} counts from the next start" for name in changed]
@@ -3151,10 +3154,11 @@ class UsageReader:
 
     def usage(self) -> Usage | None:
         """Return all that was said; None if nothing was."""
-        usage = Usage._make(self._said)
-        unsplit = usage.cache_write_5m_tokens is usage.cache_write_1h_tokens is None
-        if unsplit and self._written is not None:
-            usage = usage._replace(cache_write_5m_tokens=self._written)  # the default
+        usage, written = Usage._make(self._said), self._written
+        long = usage.cache_write_1h_tokens or 0
+        # The split stands at the start only; what is written later is of the default
+        if written is not None and written > long + (usage.cache_write_5m_tokens or 0):
+            usage = usage._replace(cache_write_5m_tokens=written - long)
         return usage if usage != _UNSAID else None
 
 
@@ -3499,6 +3503,7 @@ class SseWatch:
 
     __slots__ = (
         "_containers",
+        "_counted",
         "_held",
         "_model",
         "_said",
@@ -3512,6 +3517,7 @@ class SseWatch:
         #: What has come of an event that may tell the usage; EVENT_BYTES at most.
         self._held = bytearray()
         self._said = UsageReader()
+        self._counted = False
         self._model = ""
         self._stopped = False
         self.failed = False
@@ -3568,13 +3574,20 @@ class SseWatch:
             kind, message = said.get("type"), said.get("message")
             if kind == "message_delta":
                 self._said.take(said.get("usage"))
+                self._counted = True
             elif kind == "message_start" and isinstance(message, dict):
                 self._said.take(message.get("usage"))
                 self._model = name_in(message.get("model")) or self._model
 
     def usage(self) -> Usage | None:
-        """Return what the answer says that it took, so far; None: nothing."""
-        return self._said.usage()
+        """Return what the answer says that it took, so far; None: nothing.
+
+        What it makes is counted at its end: the count at its start is none.
+        """
+        usage = self._said.usage()
+        if usage is None or self._counted:
+            return usage
+        return usage._replace(output_tokens=None)
 
     def model(self) -> str:
         """Return the model that the answer names; "" if none."""
@@ -4173,6 +4186,7 @@ _QUICK = Cooling(1.0, 60.0)
 _SHORT = Cooling(5.0, 60.0)
 _GROWING = Cooling(15.0, 120.0)
 _TEN_S = Cooling(10.0, 10.0)
+_MINUTE = Cooling(60.0, 60.0)
 _TEN_MIN = Cooling(600.0, 600.0)
 _STATED = Cooling(most_s=STATED_MOST_S, stated=True)
 _CERTIFICATE = Cooling(60.0, 600.0, attention=True)
@@ -4249,10 +4263,13 @@ MODEL_STATUSES = frozenset(
     if rule.scope is Scope.MODEL or rule.sign is Sign.MODEL_WINDOW
 )
 OWN_RULE = next(r for r in RULES if r.name == "request")
-CREDENTIAL_RULE = next(r for r in RULES if r.name == "credential")
-#: While the provider of a login hangs its endpoint is left alone for a moment.
-WAITING_RULE = next(r for r in RULES if r.name == "expired")._replace(
-    scope=Scope.ENDPOINT, cooling=_TEN_S
+#: While the provider of a login hangs its endpoint is left alone for a moment, and
+#: where it gave no fresh token as long as it is not asked again.
+WAITING_RULE, UNRENEWED_RULE = (
+    next(r for r in RULES if r.name == "expired")._replace(
+        name=name, verdict=Verdict.ANOTHER, scope=Scope.ENDPOINT, cooling=cooling
+    )
+    for name, cooling in (("login-waits", _TEN_S), ("login-fails", _MINUTE))
 )
 
 
@@ -5167,7 +5184,8 @@ def _failure_text(record: ExchangeRecord, model: str | None) -> str:
             "model": model,
         }
     if not told:
-        error = record.reason or record.ended.value
+        status = f"HTTP {record.status}" if record.status else record.ended.value
+        error = record.reason or status
         named = record.endpoint or None
         told[""] = {"account": named, "error": error, "retries": 0, "model": model}
     return json.dumps(list(told.values()))
@@ -5207,7 +5225,8 @@ def _row_of(record: ExchangeRecord) -> HistoryRow:
     model, tokens, cost = used or asked, _NO_TOKENS, None
     if usage is not None:
         tokens = _tokens_of(usage)
-        if tokens is not _NO_TOKENS:
+        # One that was cut before it counted what it made cost more than it says
+        if tokens is not _NO_TOKENS and usage.output_tokens is not None:
             cost = cost_usd(model or "", usage, record.at_ms / 1000)
     row = (
         record.request_id,
@@ -5667,7 +5686,8 @@ def _mark(path: str) -> _Mark:
     return tuple(found)
 
 
-def _is_damage(error: Exception) -> bool:
+def is_damage(error: Exception) -> bool:
+    """Tell whether SQLite says that a file is damaged."""
     text = str(error)
     return isinstance(error, sqlite3.DatabaseError) and (
         "malformed" in text or "not a database" in text
@@ -5703,7 +5723,7 @@ def request_document(record: ExchangeRecord) -> dict[str, Any]:
     """Return an exchange as `recent_requests` will."""
     row: dict[str, Any] = dict(zip(_ROW_NAMES, _row_of(record)))
     row["attempts"] = _attempts_of(row)
-    row["success"] = int(bool(row["success"]))
+    row["success"], row["stream"] = int(bool(row["success"])), int(bool(row["stream"]))
     return row
 
 
@@ -5755,7 +5775,7 @@ class _Place:
             with contextlib.closing(self._for_asking(changes=changes)) as db:
                 return query(db)
         except (sqlite3.Error, OSError, NewerSchemaError) as error:
-            self.suspected = self.suspected or _is_damage(error)
+            self.suspected = self.suspected or is_damage(error)
             raise StoreError(f"the database cannot be used: {error}") from error
 
     def _for_asking(self, *, changes: bool) -> sqlite3.Connection:
@@ -5809,7 +5829,7 @@ class _Place:
     def mind(self, error: Exception) -> bool:
         """Take note of what went wrong; tell whether it may go well at once."""
         self.leave()
-        self._damaged = self._damaged or _is_damage(error)
+        self._damaged = self._damaged or is_damage(error)
         if isinstance(error, NewerSchemaError):
             self._memory = memory_database()
             self.notice = f"{error}; history is kept in memory"
@@ -5833,7 +5853,8 @@ class _Place:
         self.leave()
         accounts = _readable_accounts(self._path)
         aside = _set_aside(self._path, self._clock())
-        text = "history: the database is damaged, a new one is begun"
+        text = "history: the database is damaged, a new one is begun; delete what is"
+        text += " set aside when you have no use for it: it may hold logins"
         self._log.write("error", text, aside=aside, accounts=len(accounts))
         self._begin(restored=True, accounts=accounts)
 
@@ -5889,6 +5910,9 @@ class Store:
         self._wake.set()
         if self._thread is not None:
             self._thread.join(timeout_s)
+        if self._waiting:
+            text = "history: rows could not be written and are lost"
+            self._log.write("error", text, rows=len(self._waiting))
 
     def record(self, record: ExchangeRecord) -> None:
         """Have an exchange written soon.  Measured: 0.4 us, with the caller's loop."""
@@ -5910,7 +5934,11 @@ class Store:
         done = threading.Event()
         self._flushes.append(done)
         self._wake.set()
-        return done.wait(timeout_s)
+        if done.wait(timeout_s):
+            return True
+        with contextlib.suppress(ValueError):  # it was just done
+            self._flushes.remove(done)
+        return False
 
     def read(self, query: Callable[[sqlite3.Connection], _Told]) -> _Told:
         """Return what `query` finds, which cannot change a file; raises StoreError."""
@@ -5928,6 +5956,11 @@ class Store:
         finally:
             if self._place.suspected:
                 self._wake.set()
+
+    def suspect(self) -> None:
+        """Have the file looked through: somebody found it damaged."""
+        self._place.suspected = True
+        self._wake.set()
 
     def health(self) -> dict[str, object]:
         """Return how the history does, for /health."""
@@ -5968,7 +6001,7 @@ class Store:
 
     def _turn(self) -> None:
         """Write what waits, then look for what is too old."""
-        flushes = len(self._flushes)
+        asked = tuple(self._flushes)
         try:
             try:
                 self._place.mend()
@@ -5983,8 +6016,10 @@ class Store:
             written = False
         if written:
             self._recover()
-            for _ in range(flushes):
-                self._flushes.popleft().set()
+            for done in asked:
+                done.set()
+                with contextlib.suppress(ValueError):  # who asked waits no longer
+                    self._flushes.remove(done)
 
     def _write_all(self) -> bool:
         """Write what waits; tell whether all of it could be written."""
@@ -6296,16 +6331,23 @@ def _shown_code(code: object) -> str:
     return code if isinstance(code, str) and _ERROR_CODE.fullmatch(code) else ""
 
 
+def check_free(name: str, endpoints: Sequence[Endpoint]) -> None:
+    """Refuse an account's name that is an endpoint's; raises AccountError."""
+    if any(e.name == name and not e.account for e in endpoints):
+        raise AccountError(f'an endpoint of the configuration is named "{name}"')
+
+
 def name_fault(name: str) -> str:
     """Return what is wrong with an account's name, or ""."""
-    if _NAME.fullmatch(name) and not set("\"'`") & set(name) and name[0] != "-":
+    odd = set("\"'`/\\") & set(name) or name.strip(".") == ""
+    if _NAME.fullmatch(name) and not odd and name[0] != "-":
         return ""
-    return "a name has 1 to 64 visible ASCII characters, no spaces or quotes"
+    return "a name has 1 to 64 visible ASCII characters, no spaces, quotes or slashes"
 
 
 def free_name(name: str, taken: Collection[str]) -> str:
     """Return `name` made fit for an account and different from those taken."""
-    base = re.sub(r"[^!-~]|[\"'`]", "-", name).lstrip("-")[:60] or "account"
+    base = re.sub(r"[^!-~]|[\"'`/\\]", "-", name).lstrip("-")[:60] or "account"
     numbered = (f"{base}-{n}" for n in itertools.count(2))
     return next(n for n in itertools.chain([base], numbered) if n not in taken)
 
@@ -6384,7 +6426,7 @@ def _unfit(accounts: Sequence[Account]) -> dict[str, str]:
 
 
 def with_accounts(config: Config, accounts: Sequence[Account]) -> Config:
-    """Return `config` with the accounts that serve; raises ConfigError."""
+    """Return `config` with the accounts that serve."""
     settings = config.accounts
     if settings is None:
         return config
@@ -6392,10 +6434,8 @@ def with_accounts(config: Config, accounts: Sequence[Account]) -> Config:
     fit = [a for a in accounts if a.id not in unfit]
     wanted = [a for a in fit if not names or a.name in names]
     clashes = {e.name for e in config.endpoints} & {a.name for a in wanted}
-    if clashes:
-        rename = "claude_lb.py accounts rename OLD NEW"
-        text = "an account and an endpoint have the same name"
-        raise ConfigError([f"accounts: {text}, {n}: {rename}" for n in sorted(clashes)])
+    wanted = [a for a in wanted if a.name not in clashes]
+    rename = "claude_lb.py accounts rename OLD NEW"
     absent = sorted(set(names) - {a.name for a in fit})
     joined = (endpoint_of_account(a, settings, config.plans) for a in wanted)
     return dataclasses.replace(
@@ -6404,6 +6444,10 @@ def with_accounts(config: Config, accounts: Sequence[Account]) -> Config:
         warnings=(
             *config.warnings,
             *(f"accounts: {why}: rename one of them" for why in unfit.values()),
+            *(
+                f"account {n} is left out, an endpoint has its name: {rename}"
+                for n in sorted(clashes)
+            ),
             *(f"accounts.names: no account is named {name}" for name in absent),
         ),
     )
@@ -6519,7 +6563,8 @@ def _own_models(text: object) -> tuple[str, ...]:
 
 
 def _seconds(ms: Any) -> float | None:
-    return ms / 1000 if isinstance(ms, (int, float)) else None
+    good = isinstance(ms, (int, float)) and abs(ms) < LAST_MS
+    return ms / 1000 if good else None
 
 
 def _whole(value: Any) -> int:
@@ -6635,7 +6680,9 @@ class _Backup:
                 os.fsync(fd)
             os.replace(fresh, self.path)
         except OSError as error:
-            text = f"{self.path} cannot be written and is older than the accounts"
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)  # else it would bring removed accounts back
+            text = f"{self.path} cannot be written: there is no backup of the accounts"
             self._log.write("error", f"{text}: {error.strerror}")
 
     def accounts(self) -> list[Account]:
@@ -6699,8 +6746,8 @@ class _Unsaved(NamedTuple):
     used: Secret | None
 
 
-class AccountBook:
-    """The stored accounts.  From any thread; methods that change raise AccountError."""
+class _AccountTable:
+    """The accounts as rows.  From any thread; changes raise AccountError."""
 
     def __init__(
         self,
@@ -6723,8 +6770,10 @@ class AccountBook:
         self._unsaved: dict[str, _Unsaved] = {}
         self._changes = 0
         self._trouble = ""
-
-    # what is there
+        #: Told when the database is found damaged.
+        self.on_damage: Callable[[], None] = lambda: None
+        #: Told the id of each account that has another access token.
+        self.on_fresh: Callable[[str], None] = lambda _: None
 
     def all(self) -> tuple[Account, ...]:
         """Return all accounts, oldest first; makes no file."""
@@ -6765,42 +6814,6 @@ class AccountBook:
             raise AccountError("the account was removed")
         return found[account_id]
 
-    def token(self, account_id: str) -> Secret | None:
-        """Return the access token to use now, without looking into the database."""
-        account = self._known.get(account_id)
-        return account.access_token if account else None
-
-    def known(self) -> tuple[Account, ...]:
-        """Return the accounts as of the last `poll`, with tokens renewed since."""
-        with self._lock:
-            return tuple(self._known.values())
-
-    def poll(self) -> bool:
-        """Read all accounts; tell whether anything but tokens and counts changed."""
-        self.save_again()
-        changes = self._changes
-        try:
-            rows = {account.id: account for account in self.all()}
-        except AccountError as error:
-            self._say(str(error))
-            return False
-        self._say("")
-        with self._lock:
-            if changes != self._changes:
-                return False  # read while tokens were stored: the next poll tells
-            self._known = rows
-            before, self._seen = self._seen, _facts(rows.values())
-            return before != self._seen
-
-    def _say(self, trouble: str) -> None:
-        """Log a trouble when it comes and when it goes."""
-        if trouble != self._trouble:
-            self._trouble = trouble
-            level = "error" if trouble else "info"
-            self._log.write(level, trouble or "the accounts can be read again")
-
-    # changes
-
     @contextlib.contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
         """Lend the database for one change that is on the disk at the end.
@@ -6825,6 +6838,8 @@ class AccountBook:
 
     def _cannot(self, verb: str, error: Exception) -> AccountError:
         why = getattr(error, "strerror", None) or str(error)
+        if is_damage(error):
+            self.on_damage()
         return AccountError(f"the database {self.path} cannot be {verb}: {why}")
 
     def restore(self, db: sqlite3.Connection) -> None:
@@ -6875,6 +6890,11 @@ class AccountBook:
         account = self.find(name)
         with self._change() as db:
             _one(db.execute("DELETE FROM accounts WHERE id=?", (account.id,)))
+        with (
+            contextlib.suppress(sqlite3.Error, OSError, NewerSchemaError),
+            contextlib.closing(open_database(self.path)) as db,
+        ):
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the journal has the tokens
         self._forget(account.id)
         with contextlib.suppress(OSError):
             os.unlink(self._locks.path_of(account.id))
@@ -6894,7 +6914,63 @@ class AccountBook:
             change = "UPDATE accounts SET paused=? WHERE id=?"
             _one(db.execute(change, (int(paused), account.id)))
 
-    # refreshes
+    def _forget(self, account_id: str) -> None:
+        """Let go of tokens that are stored or of no use any more."""
+        with self._lock:
+            self._changes += 1
+            self._unsaved.pop(account_id, None)
+            self._locks.let_go(account_id)
+
+    def mark_needs_login(self, account: Account, why: str) -> None:
+        """Note that a login is over, unless there is a newer one.  No token goes."""
+        with self._change() as db:
+            db.execute(
+                "UPDATE accounts SET needs_login=?, refresh_begun_at=NULL"
+                " WHERE id=? AND refresh_token=?",
+                (why, account.id, _text_of(account.refresh_token) or ""),
+            )
+
+
+class AccountBook(_AccountTable):
+    """The stored accounts, with the tokens in use.  From any thread."""
+
+    def token(self, account_id: str) -> Secret | None:
+        """Return the access token to use now, without looking into the database."""
+        account = self._known.get(account_id)
+        return account.access_token if account else None
+
+    def known(self) -> tuple[Account, ...]:
+        """Return the accounts as of the last `poll`, with tokens renewed since."""
+        with self._lock:
+            return tuple(self._known.values())
+
+    def poll(self) -> bool:
+        """Read all accounts; tell whether anything but tokens and counts changed."""
+        self.save_again()
+        changes = self._changes
+        try:
+            rows = {account.id: account for account in self.all()}
+        except AccountError as error:
+            self._say(str(error))
+            return False
+        self._say("")
+        with self._lock:
+            if changes != self._changes:
+                return False  # read while tokens were stored: the next poll tells
+            known, self._known = self._known, rows
+            before, self._seen = self._seen, _facts(rows.values())
+        for account_id, account in known.items():
+            now = rows.get(account_id, account)
+            if now.access_token != account.access_token:
+                self.on_fresh(account_id)
+        return before != self._seen
+
+    def _say(self, trouble: str) -> None:
+        """Log a trouble when it comes and when it goes."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            level = "error" if trouble else "info"
+            self._log.write(level, trouble or "the accounts can be read again")
 
     def begin_refresh(self, account_id: str) -> float | None:
         """Note that a refresh begins: a database that is full says so now.
@@ -6962,23 +7038,16 @@ class AccountBook:
         with self._lock:
             self._changes += 1
             self._known[account.id] = account
+        self.on_fresh(account.id)
         return cast(Secret, account.access_token)
 
-    def _forget(self, account_id: str) -> None:
-        """Let go of tokens that are stored or of no use any more."""
-        with self._lock:
-            self._changes += 1
-            self._unsaved.pop(account_id, None)
-            self._locks.let_go(account_id)
-
-    def mark_needs_login(self, account: Account, why: str) -> None:
-        """Note that a login is over, unless there is a newer one.  No token goes."""
-        with self._change() as db:
-            db.execute(
-                "UPDATE accounts SET needs_login=?, refresh_begun_at=NULL"
-                " WHERE id=? AND refresh_token=?",
-                (why, account.id, _text_of(account.refresh_token) or ""),
-            )
+    def backed_up(self, account: Account) -> Tokens | None:
+        """Return newer tokens of the backup, where the table never got them."""
+        kept = next((a for a in self._backup.accounts() if a.id == account.id), account)
+        newer = kept.expires_at > account.expires_at
+        if kept.access_token is None or not newer:
+            return None
+        return Tokens(kept.access_token, kept.refresh_token, kept.expires_at, None)
 
     @contextlib.contextmanager
     def locked(self, account_id: str) -> Iterator[None]:
@@ -7112,6 +7181,9 @@ class Renewer:
 
     def _ask(self, account: Account, refresh_token: Secret) -> Secret:
         """Ask the provider, under the account's lock; return the stored token."""
+        kept = self._book.backed_up(account)
+        if kept is not None:  # a kill came between the two: the old token is spent
+            return self._book.store_tokens(account, kept)
         unfinished = self._book.begin_refresh(account.id)
         self._pause(account.id, failed=False)
         settings, epoch = self._book.settings, self._book.clock()
@@ -8048,6 +8120,16 @@ class Pool:
             self._chooser.manual = live
             self._note_hindered()
             return True
+
+    def forgive(self, account: str) -> None:
+        """Let an account's endpoint serve again: its credential is another one."""
+        named = ("credential", WAITING_RULE.name, UNRENEWED_RULE.name)
+        with self._lock:
+            for live in self._lives.values():
+                if live.endpoint.account == account:
+                    kept = live.troubles.items()
+                    live.troubles = {k: t for k, t in kept if t.rule.name not in named}
+            self._note_hindered()
 
     def recall(self, name: str, window_s: float, used: int) -> None:
         """Take over what is known of a window from before the start."""
@@ -10088,14 +10170,14 @@ class Commit:
         self._begin_stream(rest, b"", data[sent:], sent)
 
     def _ending(self, outcome: Outcome, reason: str, sent: int) -> Ending:
-        status, watch = self._answer.status, self._watch
-        stream = isinstance(watch, SseWatch)
+        answer, watch = self._answer, self._watch
+        events = answer.content_type.startswith(b"text/event-stream")
         # Content of a JSON answer that is cut may look like the usage
-        told = self._services.keeper and (stream or outcome is Outcome.OK)
-        if watch is None or not told:
-            return Ending(status, outcome, reason, sent, stream)
+        told = isinstance(watch, SseWatch) or outcome is Outcome.OK
+        if watch is None or not told or self._services.keeper is None:
+            return Ending(answer.status, outcome, reason, sent, events)
         said = watch.model(), watch.usage()
-        return Ending(status, outcome, reason, sent, stream, *said)
+        return Ending(answer.status, outcome, reason, sent, events, *said)
 
     def _stream_ended(self, stream: Stream) -> None:
         outcome = stream.ended or Outcome.TRUNCATED
@@ -10853,6 +10935,11 @@ class _Waiting(_Ledger):
         self._services.relay.leave(self)
         self._end(ending)
 
+    def _may_renew(self) -> bool:
+        """Tell whether the attempt's credential can be exchanged for a fresh one."""
+        tried, renewed = self._course.tried[-1], self._course.renewed
+        return tried.auth_type is AuthType.OAUTH and tried.name not in renewed
+
     def _renew(self, lease: Lease) -> None:
         """Have the account's token exchanged, and watch the client meanwhile."""
         services, account = self._services, lease.endpoint.account
@@ -10877,8 +10964,11 @@ class _Waiting(_Ledger):
             self._settle(None)
             self._try(again)
         else:
-            evidence = Evidence(CREDENTIAL_RULE, f"answered 401: {why or 'it is out'}")
-            self._go_on(CREDENTIAL_RULE, None if good else evidence, None)
+            self._aside.drop()  # a 401 would send its user to a login of his own
+            name, told = lease.endpoint.name, why or "it may not serve any more"
+            error = UpstreamError(Phase.CONNECT, f"{name}: its login failed: {told}")
+            evidence = None if good else Evidence(UNRENEWED_RULE, error.message)
+            self._go_on(UNRENEWED_RULE, evidence, error)
 
     @_guarded
     def _renew_late(self, lease: Lease) -> None:
@@ -11063,6 +11153,9 @@ class Exchange(_Waiting):
     @_guarded
     def answered(self, upstream: UpstreamConnection, answer: AnswerHead) -> Hold | None:
         """Begin the answer, unless more of it must be seen first; see Caller."""
+        if self._lane is Lane.FIXED and answer.status == 401 and self._may_renew():
+            self._judge_answer(upstream, answer, b"", whole=False)
+            return None
         self._gate = SseGate() if is_gated(answer, self._lane) else None
         hold = hold_for(answer, self._request.head, self._services.config, self._gate)
         balanced = self._lane is not Lane.FIXED
@@ -11113,15 +11206,14 @@ class Exchange(_Waiting):
         if not model and answer.status in MODEL_STATUSES:
             model = self._contents.model()
             self._ask = self._ask._replace(model=model or None)
-        endpoint, course = upstream.endpoint, self._course
-        renewable = bool(endpoint.account) and endpoint.name not in course.renewed
+        renewable = self._may_renew()
         evidence = evidence_of(answer, body, model, settings, renewable=renewable)
         rule = evidence.rule
         if not upstream.whole and len(self._request.body) > EARLY_BYTES:
             rule = rule._replace(verdict=Verdict.RELAY)  # not all that again
         if rule.verdict is Verdict.AMBIGUOUS:
             answer = inviting(answer, again=True)
-        course.note(self._lease, answer.status, rule.name, time.monotonic())
+        self._course.note(self._lease, answer.status, rule.name, time.monotonic())
         self._aside.put(ErrorAnswer(upstream, answer, evidence.stated_s, whole))
         self._go_on(rule, evidence, None)
 
@@ -11540,7 +11632,7 @@ def health_document(
             {
                 "index": i + 1,
                 "baseURL": s.endpoint.base_url,
-                "hasToken": s.endpoint.credential is not None,
+                "hasToken": bool(s.endpoint.credential or s.endpoint.account),
             }
             for i, s in enumerate(states)
         ],
@@ -12279,7 +12371,9 @@ def query_of(target: str) -> dict[str, str]:
     """Return the last value of each name in a target's query."""
     query = target.partition("?")[2]
     try:
-        return dict(urllib.parse.parse_qsl(query, max_num_fields=16))
+        return dict(
+            urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=16)
+        )
     except ValueError:
         raise RefusedError(400, "the query has too many parts", close=False) from None
 
@@ -12309,6 +12403,7 @@ class Chronicle:
 
     def join(self, client: ClientConnection, start: bytes) -> None:
         """Tell one more, in the relay's thread; `start` is the answer's head."""
+        self._listeners = [x for x in self._listeners if x.is_there()]
         if len(self._listeners) >= LISTENERS:
             text = f"at most {LISTENERS} may listen at a time"
             client.close_after(error_answer(RefusedError(503, text), request_id="-"))
@@ -12389,7 +12484,7 @@ class Views:
         if span not in RANGES:
             expected = ", ".join(RANGES)
             raise RefusedError(400, f"range: expected one of {expected}", close=False)
-        endpoint, model = query.get("endpoint"), query.get("model")
+        endpoint, model = query.get("endpoint") or None, query.get("model") or None
         read = partial(
             analytics, span=span, epoch=_now(), endpoint=endpoint, model=model
         )
@@ -12527,7 +12622,13 @@ class Control:
 
     def _rename(self, old: str, new: object) -> tuple[int, object]:
         name = new if isinstance(new, str) else ""
-        self._with_book(lambda b: b.rename(old, name), old)
+        endpoints = self._server.config.endpoints
+
+        def change(book: AccountBook) -> None:
+            check_free(name, endpoints)
+            book.rename(old, name)
+
+        self._with_book(change, old)
         status, document = self._done(f"Account '{old}' is now '{name}'", old)
         return status, {**document, "newName": name}
 
@@ -13031,7 +13132,8 @@ class Ticker:
     def _round(self) -> None:
         server = self._server
         for state in server.services.pool.snapshot().endpoints:
-            idle = state.endpoint.account and state.window_s <= 0
+            oauth = state.endpoint.auth_type is AuthType.OAUTH  # keys have no window
+            idle = oauth and state.window_s <= 0
             if idle and state.state in ("ok", "unknown") and not server.draining():
                 self._begin(state.endpoint.name)
 
@@ -13114,6 +13216,8 @@ class Server(http.server.ThreadingHTTPServer):
             next_id=self.next_request_id,
             serve=self._serve_in_worker,
         )
+        if book is not None:
+            book.on_fresh = self.services.pool.forgive
         for account in book.known() if book is not None else ():
             left_s, used = window_of(account, _now())
             self.services.pool.recall(account.name, left_s, used)
@@ -14267,6 +14371,9 @@ such accounts, sharing them, or serving other people through them can get an acc
 closed, without notice. API keys are made for programs like this one."""
 
 
+YES = ("y", "yes")
+
+
 def _add_account_commands(commands: Any) -> None:
     """Add `accounts` with what it can do."""
     accounts = commands.add_parser(
@@ -14284,7 +14391,7 @@ def _add_account_commands(commands: Any) -> None:
 
 
 def _add_login_options(add: Callable[..., Any]) -> None:
-    add("--mode", choices=("max", "console"), default="console")
+    add("--mode", choices=("max", "console"), help="whose login page (default console)")
     add("--plan", metavar="NAME", help="its plan (default: the mode's name)")
     add("--models", metavar="P,P", default="", help="patterns, in place of the plan's")
     add("--weight", type=int, metavar="N", default=1, help="its share, 1 to 1000")
@@ -14342,7 +14449,10 @@ def find_account_config(arguments: argparse.Namespace) -> Config:
             config = read_config_file(place)
             break
     else:
-        config = Config((), source="no configuration")
+        config = Config((), source="no configuration", accounts=AccountSettings())
+    if config.accounts is None:
+        hint = f'accounts serve once {config.source} has "accounts": {{}}'
+        config = dataclasses.replace(config, notes=(hint,))
     settings = config.accounts or with_proxy(AccountSettings(), _Environment())
     return dataclasses.replace(config, accounts=settings)
 
@@ -14383,7 +14493,7 @@ def _do_add(arguments: argparse.Namespace, config: Config, book: AccountBook) ->
     try:
         if not there:
             print(TERMS, flush=True)
-            if not (arguments.yes or _ask_user("Continue? [y/N] ").lower() == "y"):
+            if not (arguments.yes or _ask_user("Continue? [y/N] ").lower() in YES):
                 print("Nothing was added.")
                 return 0
         tokens = _log_in(arguments, book)
@@ -14404,7 +14514,7 @@ def _do_add(arguments: argparse.Namespace, config: Config, book: AccountBook) ->
     else:
         book.add(account)
     print(f'Account "{account.name}" is logged in.')
-    print("\n".join(_plan_lines(account, config.plans)))
+    print("\n".join((*_plan_lines(account, config.plans), *config.notes)))
     return 0
 
 
@@ -14412,6 +14522,8 @@ def _wanted(
     arguments: argparse.Namespace, config: Config, there: Sequence[Account]
 ) -> Account:
     """Return the account to be made, still without tokens; raises AccountError."""
+    modes = {a.name: a.mode for a in there}
+    arguments.mode = arguments.mode or modes.get(arguments.name, "console")
     plan = arguments.plan or arguments.mode
     if name_fault(arguments.name):
         raise AccountError(name_fault(arguments.name))
@@ -14420,6 +14532,7 @@ def _wanted(
         raise AccountError(f'there is no plan "{plan}": choose one of {known}')
     if not 1 <= arguments.weight <= 1000:
         raise AccountError("--weight: expected a whole number from 1 to 1000")
+    check_free(arguments.name, config.endpoints)
     for account in there:
         if account.name == arguments.name:
             if not account.needs_login:
@@ -14515,7 +14628,8 @@ def _do_remove(arguments: argparse.Namespace, _: Config, book: AccountBook) -> i
     return 0
 
 
-def _do_rename(arguments: argparse.Namespace, _: Config, book: AccountBook) -> int:
+def _do_rename(arguments: argparse.Namespace, config: Config, book: AccountBook) -> int:
+    check_free(arguments.new, config.endpoints)
     book.rename(arguments.old, arguments.new)
     print(f'Account "{arguments.old}" is now "{arguments.new}".')
     return 0
@@ -14710,12 +14824,14 @@ def config_of_accounts() -> Config | None:
     source = "the stored accounts"
     config = Config((), balancing=balancing, accounts=settings, source=source)
     book = book_of(with_database(config), Log(LogSettings(level="error")))
+    keyed = any(os.environ.get(name) for name, _ in KEY_VARIABLES)
     try:
-        return config if book is not None and book.all() else None
+        found = book.all() if book is not None else ()
     except AccountError as error:
-        if any(os.environ.get(name) for name, _ in KEY_VARIABLES):
-            return None  # that serves, whatever is wrong with the database
-        return dataclasses.replace(config, warnings=(str(error),))
+        # A key serves, whatever is wrong with the database
+        return None if keyed else dataclasses.replace(config, warnings=(str(error),))
+    serving = any(not (a.paused or a.needs_login) for a in found)
+    return config if serving or (found and not keyed) else None
 
 
 def apply_overrides(config: Config, arguments: argparse.Namespace) -> Config:
@@ -14926,6 +15042,8 @@ def cmd_serve(base: Config, read_base: Callable[[], Config]) -> int:
         raise ConfigError([f"log.file {base.log.file}: {error.strerror}"]) from error
     book = book_of(base, log)
     store = Store(base.storage, log, rescued=None if book is None else book.restore)
+    if book is not None:
+        book.on_damage = store.suspect
     store.start()
     _mend(store, base)
     config = with_stored(base, book, least=1)
@@ -14993,6 +15111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return run_command(arguments)
+    except BrokenPipeError:  # whoever reads has had enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ConfigError as error:
         print(
             "\n".join(f"{PROXY_NAME}: {fault}" for fault in error.faults),
