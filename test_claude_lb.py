@@ -14290,7 +14290,7 @@ class TestUsageOfStreams:
             assert (watch.usage(), watch.model()) == (WHOLE, DATED_MODEL), len(parts[0])
 
     def test_what_came_before_a_cut_is_known(self) -> None:
-        first = Usage(9, 1, 5, 10, 20, None, "standard", "", "us")
+        first = Usage(9, None, 5, 10, 20, None, "standard", "", "us")
         assert taken_in([started(FIRST) + TEXT + changed(LAST)[:-2]]).usage() == first
         assert taken_in([started(FIRST)[:-2]]).usage() is None
         assert taken_in([TEXT + STOP_EVENT]).usage() is None
