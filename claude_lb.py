@@ -194,6 +194,7 @@ ACCEPT_LOG_S = 10.0
 COMMAND_S = 10.0  # authTokenCommand
 RETRY_AFTER_S = 1  # only with a 503 for our own capacity
 LISTENERS = 8  # clients of /api/requests/stream
+LISTENER_BYTES = 256 * 1024  # what one of them may leave unread
 HISTORY_BYTES = 4 * 1024 * 1024  # of a shared answer, kept for late followers
 GATE_BYTES = 256 * 1024  # of an event stream, held back until its first content
 EARLY_BYTES = 8 * 1024 * 1024  # a longer upload that is cut short is not repeated
@@ -5741,7 +5742,7 @@ class _Place:
         rescued: Callable[[sqlite3.Connection], None] | None,
         clock: Callable[[], float],
     ) -> None:
-        self._path = path or ""
+        self.path = path or ""
         self._log = log
         self._connect = connect
         self._rescued = rescued
@@ -5780,9 +5781,9 @@ class _Place:
 
     def _for_asking(self, *, changes: bool) -> sqlite3.Connection:
         """Return a connection of the asker's own; an empty one before the first row."""
-        if not changes and not os.path.exists(self._path):
+        if not changes and not os.path.exists(self.path):
             return memory_database()
-        db = self._connect(self._path)
+        db = self._connect(self.path)
         if not changes:
             db.execute("PRAGMA query_only = ON")
         return db
@@ -5798,20 +5799,20 @@ class _Place:
 
     def _file(self) -> sqlite3.Connection:
         """Return the thread's connection; a new one if the file is another."""
-        if self._db is not None and _mark(self._path) != self._marked:
+        if self._db is not None and _mark(self.path) != self._marked:
             self._log.write("warn", "history: its file was replaced or deleted")
             self.leave()
         if self._db is not None:
             return self._db
-        lost = bool(self._marked) and not os.path.exists(self._path)
+        lost = bool(self._marked) and not os.path.exists(self.path)
         return self._begin(restored=lost)
 
     def _begin(
         self, *, restored: bool, accounts: Sequence[Sequence[object]] = ()
     ) -> sqlite3.Connection:
         """Open the file; one made in place of another gets the accounts back."""
-        db = self._db = self._connect(self._path)
-        self._marked = _mark(self._path)
+        db = self._db = self._connect(self.path)
+        self._marked = _mark(self.path)
         if restored:
             with transaction(db):
                 db.executemany(_SAVE_ACCOUNT, accounts)
@@ -5851,8 +5852,8 @@ class _Place:
 
     def _replace(self) -> None:
         self.leave()
-        accounts = _readable_accounts(self._path)
-        aside = _set_aside(self._path, self._clock())
+        accounts = _readable_accounts(self.path)
+        aside = _set_aside(self.path, self._clock())
         text = "history: the database is damaged, a new one is begun; delete what is"
         text += " set aside when you have no use for it: it may hold logins"
         self._log.write("error", text, aside=aside, accounts=len(accounts))
@@ -5967,7 +5968,7 @@ class Store:
         why = self._why or self._place.notice
         state = "failing" if why else "ok"
         return {
-            "database": self._settings.database,
+            "database": self._place.path or None,
             "state": state if self._settings.history else "off",
             "why": why or None,
             "waiting": len(self._waiting),
@@ -6769,6 +6770,7 @@ class _AccountTable:
         self._seen: list[tuple[object, ...]] = []
         self._unsaved: dict[str, _Unsaved] = {}
         self._changes = 0
+        self._marked: tuple[object, ...] = ()  # as the last poll found it
         self._trouble = ""
         #: Told when the database is found damaged.
         self.on_damage: Callable[[], None] = lambda: None
@@ -6947,7 +6949,9 @@ class AccountBook(_AccountTable):
     def poll(self) -> bool:
         """Read all accounts; tell whether anything but tokens and counts changed."""
         self.save_again()
-        changes = self._changes
+        changes, mark = self._changes, self._mark()
+        if mark == self._marked and not self._trouble:
+            return False  # opening it for a look writes 32 KB
         try:
             rows = {account.id: account for account in self.all()}
         except AccountError as error:
@@ -6957,6 +6961,7 @@ class AccountBook(_AccountTable):
         with self._lock:
             if changes != self._changes:
                 return False  # read while tokens were stored: the next poll tells
+            self._marked = mark
             known, self._known = self._known, rows
             before, self._seen = self._seen, _facts(rows.values())
         for account_id, account in known.items():
@@ -6964,6 +6969,15 @@ class AccountBook(_AccountTable):
             if now.access_token != account.access_token:
                 self.on_fresh(account_id)
         return before != self._seen
+
+    def _mark(self) -> tuple[object, ...]:
+        """Return what changes when the database does."""
+        found: list[object] = [self._changes]
+        for path in (self.path, f"{self.path}-wal"):
+            with contextlib.suppress(OSError):
+                there = os.stat(path)
+                found += (there.st_ino, there.st_mtime_ns, there.st_size)
+        return tuple(found)
 
     def _say(self, trouble: str) -> None:
         """Log a trouble when it comes and when it goes."""
@@ -9888,10 +9902,12 @@ class Follower:
         relay: Relay,
         client: ClientConnection,
         on_end: Callable[[Outcome, str, int], None],
+        most_bytes: int = HISTORY_BYTES,
     ) -> None:
         self._relay = relay
         self._client = client
         self._on_end = on_end
+        self._most_bytes = most_bytes
         self._backlog = b""
         self._outcome: Outcome | None = None
         self._reason = ""
@@ -9903,9 +9919,11 @@ class Follower:
         """Send what the client takes now, and keep the rest."""
         if not self._relay.owns(self):
             return  # it has hung up
+        waits = bool(self._backlog)
         self._backlog += data
-        self.on_client(selectors.EVENT_WRITE)
-        if len(self._backlog) > HISTORY_BYTES:
+        if not waits:
+            self.on_client(selectors.EVENT_WRITE)
+        if len(self._backlog) > self._most_bytes:
             self._end(Outcome.CLIENT_CANCELLED, "the client reads too slowly")
 
     def is_there(self) -> bool:
@@ -9927,7 +9945,7 @@ class Follower:
                     sent = self._client.send_some(self._backlog)
                     self._sent += sent
                     self._backlog = self._backlog[sent:]
-                    self._taken_at = self._relay.now
+                    self._taken_at = self._relay.now if sent else self._taken_at
             except ClientGoneError as error:
                 self._end(Outcome.CLIENT_CANCELLED, str(error))
                 return
@@ -12408,9 +12426,13 @@ class Chronicle:
             text = f"at most {LISTENERS} may listen at a time"
             client.close_after(error_answer(RefusedError(503, text), request_id="-"))
             return
-        listener = Follower(self._relay, client, lambda *_: self._relay.close(client))
+        gone = partial(self._gone, client)
+        listener = Follower(self._relay, client, gone, LISTENER_BYTES)
         self._listeners.append(listener)
         listener.send(start + chunk(b"event: connected\ndata: {}\n\n"))
+
+    def _gone(self, client: ClientConnection, *_: object) -> None:
+        self._relay.close(client)
 
     def _say(self, name: str, facts: Mapping[str, object]) -> None:
         data = json.dumps({"type": name, **facts}).encode()
@@ -13060,19 +13082,22 @@ class Takeover:
         told = (*left_for_restart(server.config, config), *config.warnings)
         config = followed_by(server.config, config)
         contexts = trust_contexts(config)
-        done = threading.Event()
+        done, failed = threading.Event(), []
 
         def swap() -> None:
             try:
                 self._swap(config, contexts)
-            finally:
-                done.set()
+            except Exception as error:  # noqa: BLE001 - it is raised below
+                failed.append(error)
+            done.set()
 
         new = [e for e in config.enabled if e not in server.config.endpoints]
         for text in told:
             server.log.write("warn", text)
         if server.relay.tell(swap):
             done.wait()
+            if failed:
+                raise failed[0]
             server.greet_aside(new)
 
     def follow(self, config: Config) -> None:
@@ -14432,6 +14457,9 @@ def with_stored(config: Config, book: AccountBook | None, *, least: int = 0) -> 
         book.settings = config.accounts or book.settings
         book.poll()
         config = with_accounts(config, book.known())
+    elif config.accounts is not None and config.storage.database is None:
+        text = "accounts take no part: they are kept in storage.database, which is null"
+        config = dataclasses.replace(config, warnings=(*config.warnings, text))
     faults = final_faults(config)
     if len(config.enabled) < least:
         add = "claude_lb.py accounts add NAME"
