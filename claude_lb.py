@@ -166,8 +166,10 @@ CHANGE_BYTES = 64 * 1024  # the body of a POST to a path of our own
 EDIT_BYTES = 4 * 1024 * 1024  # batch objects longer than this pass unedited
 PIN_BYTES = 64 * 1024  # how much of an answer is searched for ids
 EVENT_BYTES = 64 * 1024  # of one event that tells the usage, while it comes
+EVENTS_MOST = 8  # of them are kept before they are read
+WHOLE_BYTES = 16 * 1024  # of a JSON answer that waits to be read for the history
 ENDING_BYTES = 4096  # of a JSON answer; its usage is among the last members
-SMALL_BYTES = 4096  # a request that is parsed to learn its model: 4 us at most
+SMALL_BYTES = 2048  # a request that is parsed to learn its model
 COUNT_MOST = 10**9  # tokens of one answer; models read a million
 PINS = 10_000
 CONTAINERS = 64  # ids that one stream can pin
@@ -829,8 +831,24 @@ class AttemptRecord(NamedTuple):
     total_ms: float
 
 
+class Said(Protocol):
+    """What an answer tells of itself, kept as bytes: reading it may wait."""
+
+    def usage(self) -> Usage | None:
+        """Return what it says that it took; None: nothing, or not known."""
+
+    def model(self) -> str:
+        """Return the model that it names; "" if that is not known."""
+
+    def shrink(self) -> None:
+        """Keep no more than these two need."""
+
+
 class ExchangeRecord(NamedTuple):
-    """What log and history say about an exchange.  Times in ms, sizes in bytes."""
+    """What log and history say about an exchange.  Times in ms, sizes in bytes.
+
+    The log has the fields up to `reason`.
+    """
 
     request_id: str
     method: str
@@ -847,15 +865,19 @@ class ExchangeRecord(NamedTuple):
     reason: str = ""
     #: Epoch of its first byte.
     at_ms: int = 0
-    #: None: not known without reading the whole body.
+    #: None: not known without reading the body.
     model_asked: str | None = None
-    #: As the answer names it, else as it was sent.
+    #: As it was sent, where that is not as it was asked.
     model_used: str | None = None
     tried: tuple[AttemptRecord, ...] = ()
     stream: bool = False
     #: Hash of the conversation's key, "" where there is none.
     conversation: str = ""
     usage: Usage | None = None
+    #: Still to be read, by the history's thread: many at once take a third of the
+    #: time that each takes between two reads of the relay (20 us against 60).
+    body_start: bytes = b""
+    said: Said | None = None
 
 
 @dataclass(frozen=True)
@@ -3109,13 +3131,13 @@ def first_model(body: bytes | bytearray) -> str:
 
 
 def asked_model(body: bytes | bytearray) -> str | None:
-    """Return the model that a request names; None if it can't be told quickly.
+    """Return the model that a request names; None if it can't be told.
 
-    It is known where it stands before anything nested, and in a short body.
-    Measured: 0.7 us, where a body of 3.8 KB has to be parsed 5.
+    Of a long body the first SMALL_BYTES will do: it is known where it stands before
+    anything nested, and in a short one.  Measured: 0.7 us, 3 for one that is parsed.
     """
     found = first_model(body)
-    if found or len(body) > SMALL_BYTES:
+    if found or len(body) >= SMALL_BYTES:
         return found or None
     return name_in(object_in(bytes(body)).get("model")) or None
 
@@ -3505,6 +3527,7 @@ class SseWatch:
     __slots__ = (
         "_containers",
         "_counted",
+        "_events",
         "_held",
         "_model",
         "_said",
@@ -3517,6 +3540,8 @@ class SseWatch:
         self._tail = b""
         #: What has come of an event that may tell the usage; EVENT_BYTES at most.
         self._held = bytearray()
+        #: Events that tell it, as they came: read when somebody asks.
+        self._events: list[bytes] = []
         self._said = UsageReader()
         self._counted = False
         self._model = ""
@@ -3565,12 +3590,15 @@ class SseWatch:
         *events, rest = _EVENT_END.split(seen)
         for event in events:
             if b"message_" in event:
-                self._learn(event)
+                self._events.append(event)
+        if len(self._events) > EVENTS_MOST:
+            self._read()
         if b"message_" in rest and len(rest) <= EVENT_BYTES:
             self._held += rest
 
-    def _learn(self, event: bytes) -> None:
-        for line in _EVENT_DATA.finditer(event):
+    def _read(self) -> None:
+        events, self._events = self._events, []
+        for line in (x for e in events for x in _EVENT_DATA.finditer(e)):
             said = object_in(line[1])
             kind, message = said.get("type"), said.get("message")
             if kind == "message_delta":
@@ -3585,6 +3613,7 @@ class SseWatch:
 
         What it makes is counted at its end: the count at its start is none.
         """
+        self._read()
         usage = self._said.usage()
         if usage is None or self._counted:
             return usage
@@ -3592,7 +3621,12 @@ class SseWatch:
 
     def model(self) -> str:
         """Return the model that the answer names; "" if none."""
+        self._read()
         return self._model
+
+    def shrink(self) -> None:
+        """See Said."""
+        self._held.clear()
 
     def ids(self) -> tuple[str, ...]:
         """Return the ids of the containers that were made for this answer."""
@@ -3853,6 +3887,11 @@ class JsonWatch:
         if self._lane is not Lane.MESSAGES:
             return ""
         return first_model(self._seen) or name_in(self._document().get("model"))
+
+    def shrink(self) -> None:
+        """See Said: the start names the model, the end the usage."""
+        if self._size > WHOLE_BYTES:
+            self._seen = self._seen[:SMALL_BYTES]
 
     def _document(self) -> dict[str, Any]:
         """Return the body's object where all of it is here: the slow way."""
@@ -4629,6 +4668,7 @@ def refusal_for(error: UpstreamError, tried: Sequence[Endpoint]) -> RefusedError
 # never get here: the line is made of an ExchangeRecord.
 # Measured: 6 us a line in text and 10 in JSON, against 10 us for logging.info.
 
+_LOGGED = ExchangeRecord._fields[: ExchangeRecord._fields.index("reason") + 1]
 _COLORS = {"debug": "2", "info": "32", "warn": "33", "error": "31"}
 _UNPRINTABLE = re.compile(
     r"[^\x20-\x7e\xa1-\u061b\u061d-\u200a\u2010-\u2027\u202f-\u205f\u2070-\ud7ff]"
@@ -4733,9 +4773,7 @@ class Log:
         if not self.shows(level):
             return
         if self._json:
-            facts = dict(record._asdict(), ended=record.ended.value)
-            facts["tried"] = [attempt._asdict() for attempt in record.tried]
-            facts["usage"] = record.usage and record.usage._asdict()
+            facts = dict(zip(_LOGGED, record), ended=record.ended.value)
             self._put({"level": level, "event": "exchange", **facts})
             return
         ms = record.first_byte_ms
@@ -5217,10 +5255,20 @@ def _tokens_of(usage: Usage) -> tuple[int | None, ...]:
     return counts
 
 
+def _read(record: ExchangeRecord) -> tuple[str | None, str | None, Usage | None]:
+    """Return the models asked for and used, and the usage, read now if need be."""
+    asked, said = record.model_asked, record.said
+    if asked is None and record.body_start:
+        asked = asked_model(record.body_start)
+    if said is None:
+        return asked, record.model_used or asked, record.usage
+    return asked, said.model() or record.model_used or asked, said.usage()
+
+
 def _row_of(record: ExchangeRecord) -> HistoryRow:
     """Return the row of an exchange.  Measured: 2.4 us."""
     good = record.ended is Outcome.OK and record.status < 400
-    asked, used, usage = record.model_asked, record.model_used, record.usage
+    asked, used, usage = _read(record)
     asked = asked and _plain(asked, HISTORY_NAME)
     used = used and _plain(used, HISTORY_NAME)
     model, tokens, cost = used or asked, _NO_TOKENS, None
@@ -5921,6 +5969,8 @@ class Store:
             return
         if len(record.path) > HISTORY_PATH:
             record = record._replace(path=record.path[:HISTORY_PATH])
+        if record.said is not None:
+            record.said.shrink()
         waiting = self._waiting
         waiting.append(record)
         if self._asleep:
@@ -9491,7 +9541,7 @@ class Recode(Enum):
     PLAIN = "without chunks"
 
 
-class Watch(Protocol):
+class Watch(Said, Protocol):
     """Looks at a copy of the payload."""
 
     def feed(self, payload: bytes) -> None:
@@ -9499,12 +9549,6 @@ class Watch(Protocol):
 
     def ids(self) -> tuple[str, ...]:
         """Return the ids of what the upstream has made, as far as seen."""
-
-    def usage(self) -> Usage | None:
-        """Return what the answer says that it took, as far as seen."""
-
-    def model(self) -> str:
-        """Return the model that the answer names; "" if that is not known."""
 
 
 class Delivery(NamedTuple):
@@ -10005,7 +10049,7 @@ class Logins(Protocol):
 class Keeper(Protocol):
     """Takes note of exchanges, in the relay's thread: quickly, and never fails."""
 
-    def begins(self, request: ClientRequest, model: str | None) -> None:
+    def begins(self, request: ClientRequest) -> None:
         """Take note that an exchange has begun."""
 
     def ends(self, record: ExchangeRecord) -> None:
@@ -10079,9 +10123,8 @@ class Ending(NamedTuple):
     reason: str
     sent_bytes: int = 0
     stream: bool = False
-    #: What the answer says of itself, as far as it came.
-    model: str = ""
-    usage: Usage | None = None
+    #: What the answer tells of itself, as far as it came.
+    said: Said | None = None
 
 
 def _ignore(_: Ending) -> None:
@@ -10194,8 +10237,7 @@ class Commit:
         told = isinstance(watch, SseWatch) or outcome is Outcome.OK
         if watch is None or not told or self._services.keeper is None:
             return Ending(answer.status, outcome, reason, sent, events)
-        said = watch.model(), watch.usage()
-        return Ending(answer.status, outcome, reason, sent, events, *said)
+        return Ending(answer.status, outcome, reason, sent, events, watch)
 
     def _stream_ended(self, stream: Stream) -> None:
         outcome = stream.ended or Outcome.TRUNCATED
@@ -10739,7 +10781,7 @@ class _Ledger:
         self._attempt: Attempt | None = None
         self._commit: Commit | None = None
         self._first_byte_s: float | None = None
-        self._asked: str | None = None  # the model, as far as that is cheap to tell
+        self._body_start = b""  # tells the model, for the history
         self._token: Secret | None = None  # an account's, that was sent last
         # With others who asked for the same
         self._leads: Share | None = None
@@ -10878,12 +10920,13 @@ class _Ledger:
             ended=ending.outcome,
             reason=ending.reason,
             at_ms=int((epoch - (now - request.since)) * 1000),
-            model_asked=self._asked,
-            model_used=ending.model or course.model or self._asked,
+            model_asked=self._ask.model,
+            model_used=course.model,
             tried=tuple(course.trail),
             stream=ending.stream,
             conversation=self._ask.conversation or session_key(request.head.values),
-            usage=ending.usage,
+            body_start=self._body_start,
+            said=ending.said,
         )
 
 
@@ -11009,8 +11052,8 @@ class Exchange(_Waiting):
         self._ask = make_ask(request, self._contents, services)
         if services.keeper is not None:
             if self._lane is not Lane.FIXED:
-                self._asked = self._ask.model or asked_model(request.body)
-            services.keeper.begins(request, self._asked)
+                self._body_start = bytes(request.body[:SMALL_BYTES])
+            services.keeper.begins(request)
         if services.log.shows(services.log.detail):
             self._tell(f"{request.id} begins", path=request.head.path)
         lease = services.pool.reserve(self._ask)
@@ -12405,19 +12448,19 @@ class Chronicle:
         self._listeners: list[Follower] = []
         self._said_at = relay.now
 
-    def begins(self, request: ClientRequest, model: str | None) -> None:
+    def begins(self, request: ClientRequest) -> None:
         """See Keeper."""
         if self._listeners:
-            head, at = request.head, _now_text()
+            head, at, model = request.head, _now_text(), asked_model(request.body)
             facts = {"method": head.method, "path": head.path, "model": model}
             self._say("start", {"id": request.id, "timestamp": at, **facts})
 
     def ends(self, record: ExchangeRecord) -> None:
         """See Keeper."""
+        if self._listeners:  # first: the store's thread reads what was said as well
+            self._say("end", request_document(record))
         if self._store is not None:
             self._store.record(record)
-        if self._listeners:
-            self._say("end", request_document(record))
 
     def join(self, client: ClientConnection, start: bytes) -> None:
         """Tell one more, in the relay's thread; `start` is the answer's head."""
