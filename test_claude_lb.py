@@ -15674,6 +15674,7 @@ def child(desk: Desk, account: Account, how: str) -> subprocess.Popen[str]:
     return started
 
 
+@at_both_ends
 class TestProcesses:
     def test_many_threads_and_processes_make_one_refresh(self, desk: Desk) -> None:
         account = desk.account()
@@ -15791,6 +15792,7 @@ def commands(idp: Provider, tmp_path: Path) -> Commands:
     return Commands(idp, tmp_path)
 
 
+@at_both_ends
 class TestCommands:
     def test_a_life_of_an_account(self, commands: Commands) -> None:
         assert commands.run("list") == (
@@ -16082,6 +16084,7 @@ account_tier, paused) VALUES
 """
 
 
+@at_both_ends
 class TestImport:
     def made(self, tmp_path: Path, schema: str) -> str:
         path = tmp_path / "claude-accounts.db"
@@ -17115,6 +17118,7 @@ def killed_round(path: Path, number: int, seconds: float) -> tuple[set[str], set
     return old, {i for i in shown if i >= f"lb_{first:06x}"}
 
 
+@at_both_ends
 class TestKilled:
     def test_no_row_is_lost_that_was_shown_or_is_a_second_old(self, path: Path) -> None:
         for number in range(1, 4):
@@ -17435,7 +17439,7 @@ class TestReports:
         assert named["two"]["successRate"] == 0
         errors = document["recentErrors"]
         assert len(errors) == 3
-        assert errors[0].endswith("no_account: refused")
+        assert errors[0].endswith("no_account: HTTP 413")
         assert errors[1].endswith("one: HTTP 529: overloaded; two: refused")
 
     def test_an_empty_database_is_all_zero(self) -> None:
@@ -17573,3 +17577,1575 @@ class TestOneLiners:
             ) == [("2026-09-21 14:13:20",)]
             db.execute("UPDATE accounts SET request_count = 0, last_used = NULL")
             assert db.execute("DELETE FROM requests").rowcount == 2
+
+
+# ============================================================================
+# ACCOUNTS, HISTORY AND MONEY OVER SOCKETS
+# ============================================================================
+
+# -- fakes -----------------------------------------------------------------
+
+
+class Issuer(Provider):
+    """A provider that knows the newest access token of each login."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.newest: dict[int, str] = {}
+
+    def tokens(self, family: int | None = None, **more: Any) -> dict[str, Any]:
+        if family is None:
+            with self.lock:
+                self.made += 1
+                family = self.made
+        made = super().tokens(family, **more)
+        self.newest[family] = made["access_token"]
+        return made
+
+    def expire(self) -> None:
+        """Have no token taken that was given so far."""
+        self.newest.clear()
+
+    def takes(self, request: Received) -> bool:
+        good = [[f"Bearer {token}"] for token in list(self.newest.values())]
+        return request.values("authorization") in good
+
+    def account(self, name: str, left_s: float = 3600, **more: Any) -> Account:
+        """Return an account whose token is good for `left_s` more seconds."""
+        tokens, epoch = self.tokens(), time.time()
+        return Account(
+            os.urandom(16).hex(),
+            name,
+            "max",
+            refresh_token=Secret(tokens["refresh_token"]),
+            access_token=Secret(tokens["access_token"]),
+            expires_at=epoch + left_s,
+            created_at=epoch,
+        )._replace(**more)
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    server = Issuer()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.slow.set()
+    server.shutdown()
+    server.server_close()
+
+
+class KeepingServer(claude_lb.Server):
+    """A server that takes its store down with itself."""
+
+    def stop(self, *, grace_s: float) -> None:
+        super().stop(grace_s=grace_s)
+        assert self.store is not None
+        self.store.stop()
+
+
+class Kept(Proxy):
+    """A proxy with a history, over accounts and endpoints; see `keeping`."""
+
+    def __init__(self, lab: Lab, raw: dict[str, Any], **store: Any) -> None:
+        self.path = Path(raw["storage"]["database"])
+        self._raw = raw
+        base = self._read()
+        log = Log(base.log)
+        self.book = claude_lb.book_of(base, log)
+        rescued = None if self.book is None else self.book.restore
+        self.store = claude_lb.Store(base.storage, log, rescued=rescued, **store)
+        self.store.start()
+        claude_lb._mend(self.store, base)
+        config = claude_lb.with_stored(base, self.book)
+        server = KeepingServer(
+            config, log, read=self._whole, store=self.store, book=self.book
+        )
+        super().__init__(lab, server, Path(raw["log"]["file"]))
+        server.start()
+        lab._proxies.append(self)
+
+    def _read(self) -> Config:
+        return parse_config(json.dumps(self._raw), name="kept", source=Source())
+
+    def _whole(self) -> Config:
+        return claude_lb.with_stored(self._read(), self.book)
+
+    def stop(self) -> None:
+        self.server.stop(grace_s=BOUND_S)
+        self._lab.stopped(self)
+
+    def get(self, path: str, *fields: str) -> Any:
+        answer = self.ask("GET", path, b"", *fields, counts=0)
+        assert answer.status == 200, answer
+        return answer.json()
+
+    def refused(self, method: str, path: str, *fields: str, body: bytes = b"") -> int:
+        """Ask for what is refused; return the status."""
+        if body and not any("content-type" in f.lower() for f in fields):
+            fields = (JSON_TYPE, *fields)
+        answer = self.ask(method, path, body, *fields)
+        assert answer.status >= 400, answer
+        assert answer.json()["type"] == "error"
+        return answer.status
+
+    def history(self, *fields: str) -> Any:
+        """Return the rows, oldest first."""
+        return self.get("/api/requests?limit=1000", *fields)[::-1]
+
+    def last(self) -> Any:
+        return self.get("/api/requests?limit=1")[0]
+
+    def account(self, name: str = "work") -> Any:
+        found = [a for a in self.get("/api/accounts") if a["name"] == name]
+        return found[0] if found else None
+
+    def stored(self, name: str = "work") -> dict[str, Any]:
+        """Return an account's row as it is in the database."""
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.row_factory = sqlite3.Row
+            (row,) = db.execute("SELECT * FROM accounts WHERE name=?", (name,))
+            return dict(row)
+
+
+def keeping(
+    lab: Lab,
+    *ups: ScriptedUpstream,
+    issuer: Issuer | None = None,
+    accounts: Sequence[Account] = (),
+    answering: Answering = fine,
+    store: Mapping[str, Any] | None = None,
+    **sections: Any,
+) -> Any:
+    """Return a Kept over endpoints `ups`, named up0.., and over stored `accounts`.
+
+    The accounts' upstream, returned second, answers who shows the newest token.
+    """
+    database = str(lab._folder / "state" / "lb.db")
+    raw: dict[str, Any] = {"storage": {"database": database}}
+    served = None
+    if issuer is not None:
+
+        def checked(wire: Wire, request: Received) -> None:
+            able = issuer.takes(request)
+            (answering if able else says(401))(wire, request)
+
+        served = lab.upstream(checked)
+        raw = issuer.config(database)
+        raw["accounts"]["baseURL"] = served.url
+        book = AccountBook(database, issuer.settings(), Lines())
+        for account in accounts:
+            book.add(account)
+    raw["endpoints"] = [
+        {"name": f"up{n}", "baseURL": up.url, "authToken": up.token}
+        for n, up in enumerate(ups)
+    ]
+    log = {"format": "json", "file": str(lab._folder / f"kept{len(lab._proxies)}.log")}
+    raw["server"] = {"port": 0, **sections.pop("server", {})}
+    raw["failover"] = {"gateSeconds": 0, **sections.pop("failover", {})}
+    raw["log"] = {**log, **sections.pop("log", {})}
+    kept = Kept(lab, {**raw, **sections}, **(store or {}))
+    return kept if issuer is None else (kept, served)
+
+
+def told(body: object, *fields: str) -> Answering:
+    """Return what answers each request with a whole message."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return lambda wire, _: wire.answer(200, data, *fields)
+
+
+def saying(usage: object, model: str = DATED_MODEL) -> bytes:
+    facts = {"id": "msg_1", "type": "message", "role": "assistant", "content": []}
+    return json.dumps({**facts, "model": model, "usage": usage}).encode()
+
+
+def counts_of(row: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Return a row's tokens: in, out, read, written for 5 minutes and for 1 hour."""
+    names = ("input_tokens", "output_tokens", "cache_read_input_tokens")
+    more = ("cache_write_5m_tokens", "cache_write_1h_tokens")
+    return tuple(row[name] for name in (*names, *more))
+
+
+def hang_up_after(kept: Kept, marker: bytes) -> None:
+    """Ask for a stream, and close the connection in its middle."""
+    client = kept.client().post()
+    client.head()
+    client.until(marker)
+    client.close()
+
+
+def is_over(kept: Kept) -> bool:
+    return kept.server.services.pool.snapshot().in_flight == 0
+
+
+# -- serving by accounts ---------------------------------------------------
+
+
+class TestServingByAccounts:
+    def test_only_our_credentials_go_up(self, lab: Lab, issuer: Issuer) -> None:
+        work = issuer.account("work")
+        kept, served = keeping(lab, issuer=issuer, accounts=[work])
+        theirs = ("x-api-key: sk-of-the-client", "Authorization: Bearer of-the-client")
+        betas = ("anthropic-beta: one-2025", "anthropic-beta: two-2025,three-2025")
+        answer = kept.post(None, *theirs, *betas)
+        assert served_by(answer) == "work"
+        (request,) = served.requests
+        assert work.access_token is not None
+        token = work.access_token.reveal()
+        assert request.values("authorization") == [f"Bearer {token}"]
+        assert request.values("x-api-key") == []
+        assert b"of-the-client" not in b"\n".join(request.lines)
+        sent = ",".join(request.values("anthropic-beta")).replace(" ", "").split(",")
+        assert sorted(sent) == [
+            *("oauth-2025-04-20", "one-2025", "three-2025", "two-2025"),
+        ]
+
+    def test_the_beta_stands_once(self, lab: Lab, issuer: Issuer) -> None:
+        kept, served = keeping(lab, issuer=issuer, accounts=[issuer.account("work")])
+        kept.post()
+        kept.post(None, "anthropic-beta: oauth-2025-04-20")
+        for request in served.requests:
+            assert request.values("anthropic-beta") == ["oauth-2025-04-20"]
+
+    def test_an_api_key_account_sends_its_key(self, lab: Lab, issuer: Issuer) -> None:
+        made = issuer.account("key", api_key=Secret("sk-ant-api03-of-ours"))
+        kept, served = keeping(lab, issuer=issuer, accounts=[made])
+        assert kept.post().status == 401  # the upstream takes tokens only
+        (request,) = served.requests
+        assert request.values("x-api-key") == ["sk-ant-api03-of-ours"]
+        assert request.values("authorization") == []
+        assert issuer.count() == 0
+
+    def test_a_401_brings_a_fresh_token(
+        self, lab: Lab, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "RENEW_FLOOR_S", 0.0)
+        work = issuer.account("work")
+        kept, served = keeping(lab, issuer=issuer, accounts=[work])
+        before = kept.stored()
+        for turn in (1, 2):  # the second works by the rotated refresh token
+            issuer.expire()
+            answer = kept.post()
+            assert served_by(answer) == "work"
+            assert trail(answer) == "work 401, work 200"
+            assert issuer.count() == turn
+            now = kept.stored()
+            assert now["refresh_token"] in issuer.live
+            assert now["access_token"] in issuer.newest.values()
+            assert now["refresh_token"] != before["refresh_token"]
+            assert now["expires_at"] > time.time() * 1000
+            before = now
+        assert issuer.revoked == set()
+        first, second, *_ = served.requests
+        assert first.body == second.body
+        assert rules(kept, "work") == []
+        assert [len(r["attempts"]) for r in kept.history()] == [2, 2]
+
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("POST", COUNT_TOKENS),
+            ("GET", "/v1/models"),
+            ("DELETE", "/v1/files/file_1"),
+            ("POST", "/v1/messages/batches"),
+        ],
+    )
+    def test_so_does_one_on_another_path(
+        self, lab: Lab, issuer: Issuer, method: str, path: str
+    ) -> None:
+        work = issuer.account("work")
+        kept, served = keeping(lab, issuer=issuer, accounts=[work])
+        issuer.expire()
+        body = message() if method == "POST" else b""
+        answer = kept.ask(method, path, body)
+        assert (answer.status, issuer.count()) == (200, 1)
+        assert [r.method for r in served.requests] == [method] * 2
+        assert kept.last()["path"] == path
+
+    def test_what_another_process_renewed_is_used(
+        self, lab: Lab, issuer: Issuer
+    ) -> None:
+        work = issuer.account("work")
+        first, _ = keeping(lab, issuer=issuer, accounts=[work])
+        second, _ = keeping(lab, issuer=issuer)
+        issuer.expire()
+        clients = [kept.client().post() for kept in (first, second) for _ in range(5)]
+        assert [client.answer().status for client in clients] == [200] * 10
+        assert issuer.count() == 1
+        assert issuer.revoked == set()
+        for kept in (first, second):
+            eventually(lambda kept=kept: len(kept.history()) == 10, "rows")  # type: ignore[misc]
+
+    def test_a_hang_up_during_a_refresh(self, lab: Lab, issuer: Issuer) -> None:
+        work = issuer.account("work")
+        kept, _ = keeping(lab, issuer=issuer, accounts=[work])
+        issuer.expire()
+        issuer.script.append("slow")
+        client = kept.client().post()
+        assert issuer.waiting.wait(BOUND_S)
+        client.close()
+        eventually(kept.history, "its row", PROMPT_S)
+        issuer.slow.set()
+        assert served_by(kept.post()) == "work"
+        assert issuer.count() == 1
+        assert [r["ended"] for r in kept.history()] == ["client_cancelled", "ok"]
+        assert kept.stored()["refresh_token"] in issuer.live
+
+    def test_fifty_in_flight_refresh_once(self, lab: Lab, issuer: Issuer) -> None:
+        gate, old = lab.gate(), []
+
+        def expires(wire: Wire, request: Received) -> None:
+            if gate.is_set():
+                fine(wire, request)
+                return
+            old.append(request)
+            if len(old) == 50:
+                issuer.expire()
+                gate.set()
+            assert gate.wait(BOUND_S)
+            wire.answer(401, error_body(401))
+
+        kept, _ = keeping(
+            lab, issuer=issuer, accounts=[issuer.account("work")], answering=expires
+        )
+        clients = [kept.client().post() for _ in range(50)]
+        answers = [client.answer() for client in clients]
+        assert [a.status for a in answers] == [200] * 50
+        assert {trail(a) for a in answers} == {"work 401, work 200"}
+        assert issuer.count() == 1
+        assert issuer.revoked == set()
+        assert len(kept.history()) == 50
+
+    @pytest.mark.parametrize("fault", ["500", "invalid_grant"])
+    def test_a_failed_refresh_fails_over(
+        self, lab: Lab, issuer: Issuer, fault: str
+    ) -> None:
+        spare = lab.upstream()
+        work = issuer.account("work")
+        kept, _ = keeping(lab, spare, issuer=issuer, accounts=[work])
+        issuer.expire()
+        issuer.script += [fault] * 3
+        assert [served_by(kept.post()) for _ in range(3)] == ["up0"] * 3
+        assert issuer.count() == 1
+        assert rules(kept, "work") == ["login-fails"]
+        ended = [r for r in kept.history() if r["failover_attempts"]]
+        assert [a["endpoint"] for a in ended[0]["attempts"]] == ["work", "up0"]
+        lost = kept.account()["needs_login"]
+        assert bool(lost) == (fault == "invalid_grant")
+        assert not lost or "invalid_grant" in lost
+        assert kept.stored()["refresh_token"]
+
+    @pytest.mark.parametrize("fault", ["500", "invalid_grant"])
+    def test_a_client_is_told_of_the_only_one_s_failure(
+        self, lab: Lab, issuer: Issuer, fault: str
+    ) -> None:
+        work = issuer.account("work")
+        kept, _ = keeping(lab, issuer=issuer, accounts=[work])
+        issuer.expire()
+        issuer.script += [fault] * 3
+        said = own_error(kept.post(), 502, "api_error")  # no 401: it has no login
+        assert "work: its login failed" in said
+        assert ("needs login" in said) == (fault == "invalid_grant")
+        assert kept.post().status in (502, 503)
+        assert issuer.count() == 1
+        row = kept.history()[0]
+        assert (row["status_code"], row["account_used"]) == (502, "work")
+        assert row["attempts"][0]["status"] == 401
+
+    def test_a_second_401_is_the_end(self, lab: Lab, issuer: Issuer) -> None:
+        kept, served = keeping(
+            lab,
+            issuer=issuer,
+            accounts=[issuer.account("work")],
+            answering=says(401),
+        )
+        check_relayed(kept.post(), 401)
+        assert (issuer.count(), calls(served)) == (1, [2])
+        assert rules(kept, "work") == ["credential"]
+
+    def test_it_is_renewed_before_it_expires(
+        self, lab: Lab, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hurry(monkeypatch)
+        soon, late = issuer.account("soon", 200), issuer.account("late", 20_000)
+        kept, served = keeping(lab, issuer=issuer, accounts=[soon, late])
+        eventually(lambda: kept.account("soon")["token_valid"], "a token")
+        eventually(lambda: issuer.count() == 1, "a refresh")
+        hours = 7 * 3_600_000
+        later_ms = time.time() * 1000 + hours
+        eventually(lambda: kept.stored("soon")["expires_at"] > later_ms, "new tokens")
+        assert served.requests == []
+        assert {served_by(kept.post()) for _ in range(4)} == {"soon", "late"}
+        assert issuer.count() == 1
+
+
+class TestAccountsChange:
+    @pytest.fixture
+    def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(claude_lb, "WATCH_S", 0.05)
+        hurry(monkeypatch)
+
+    def test_by_the_commands(
+        self, lab: Lab, issuer: Issuer, tmp_path: Path, quick: None
+    ) -> None:
+        kept, _ = keeping(lab, issuer=issuer, accounts=[issuer.account("first")])
+        commands = Commands(issuer, tmp_path)
+        assert served(kept, 2) == ["first"] * 2
+        assert commands.add("second", "--mode", "max")[0] == 0
+        eventually(lambda: "second" in states(kept), "the second")
+        assert set(served(kept, 4)) == {"first", "second"}
+        assert commands.run("pause", "first")[0] == 0
+        eventually(lambda: not states(kept)["first"].endpoint.enabled, "a pause")
+        assert served(kept, 3) == ["second"] * 3
+        assert kept.account("first")["paused"] is True
+        assert commands.run("resume", "first")[0] == 0
+        eventually(lambda: states(kept)["first"].endpoint.enabled, "its end")
+        assert set(served(kept, 4)) == {"first", "second"}
+        assert commands.run("rename", "second", "other")[0] == 0
+        eventually(lambda: "other" in states(kept), "another name")
+        assert set(served(kept, 4)) == {"first", "other"}
+        assert commands.run("remove", "first")[0] == 0
+        eventually(lambda: "first" not in states(kept), "its leave")
+        assert served(kept, 3) == ["other"] * 3
+        assert kept.account("first") is None
+
+    def test_a_stream_of_a_removed_one_finishes(
+        self, lab: Lab, issuer: Issuer, quick: None
+    ) -> None:
+        turn = lab.gate()
+        kept, _ = keeping(
+            lab,
+            issuer=issuer,
+            accounts=[issuer.account("first"), issuer.account("second")],
+            answering=by_turns([turn], START),
+        )
+        client = kept.client().post()
+        name = client.head().field("x-claude-lb-endpoint")
+        client.until(START)
+        kept.book.remove(name)
+        eventually(lambda: name not in states(kept), "its leave")
+        turn.set()
+        assert client.rest() == delta(0) + STOP
+        assert kept.last()["account_used"] == name
+        other = ({"first", "second"} - {name}).pop()
+        assert served(kept, 2) == [other] * 2
+
+    @pytest.mark.parametrize("verb", ["pause", "remove"])
+    def test_the_only_one_serves_no_more(
+        self, lab: Lab, issuer: Issuer, tmp_path: Path, quick: None, verb: str
+    ) -> None:
+        work = issuer.account("work")
+        kept, served = keeping(lab, issuer=issuer, accounts=[work])
+        assert served_by(kept.post()) == "work"
+        assert Commands(issuer, tmp_path).run(verb, "work")[0] == 0
+        eventually(lambda: kept.post().status == 503, "an end", PROMPT_S)
+        calls_before = len(served.requests)
+        assert kept.post().status == 503
+        assert len(served.requests) == calls_before
+
+    def test_the_only_one_is_paused_by_hand(self, lab: Lab, issuer: Issuer) -> None:
+        kept, served = keeping(lab, issuer=issuer, accounts=[issuer.account("work")])
+        assert change(kept, "/api/accounts/work/pause").status == 200
+        assert kept.post().status == 503
+        assert change(kept, "/api/accounts/work/resume").status == 200
+        assert served_by(kept.post()) == "work"
+        assert len(served.requests) == 1
+
+    def test_a_new_login_ends_the_trouble(
+        self, lab: Lab, issuer: Issuer, tmp_path: Path, quick: None
+    ) -> None:
+        kept, _ = keeping(lab, issuer=issuer, accounts=[issuer.account("work")])
+        commands = Commands(issuer, tmp_path)
+        issuer.expire()
+        issuer.script.append("invalid_grant")
+        own_error(kept.post(), 502, "api_error")
+        assert "needs login" in commands.run("list")[1]
+        assert commands.add("work", "--mode", "max")[0] == 0
+        eventually(lambda: kept.post().status == 200, "a good answer", PROMPT_S)
+        assert kept.account()["needs_login"] is None
+
+
+OPUS = "claude-opus-4-5"
+
+
+class TestPlansOverSockets:
+    def test_opus_needs_max(self, lab: Lab, issuer: Issuer) -> None:
+        small = issuer.account("small", plan="pro")
+        kept, served = keeping(lab, issuer=issuer, accounts=[small])
+        answer = kept.post(message(model=OPUS))
+        facts = ("requestedModel", "availableAccounts")
+        said = own_error(answer, 403, "permission_error", facts=facts)
+        assert said == (
+            f"No accounts support the requested model: {OPUS}."
+            " Opus requires Max plan accounts."
+        )
+        document = answer.json()
+        assert document["requestedModel"] == OPUS
+        (known,) = document["availableAccounts"]
+        assert (known["name"], known["plan"]) == ("small", "pro")
+        assert known["models"]
+        assert served.requests == []
+        assert served_by(kept.post(message(model="claude-sonnet-5-5"))) == "small"
+        row = kept.history()[0]
+        assert (row["status_code"], row["ended"], row["success"]) == (403, "refused", 0)
+        assert row["model_asked"] == OPUS
+
+    def test_it_goes_to_who_has_it(self, lab: Lab, issuer: Issuer) -> None:
+        plans = {"small": "console", "large": "max", "other": "pro"}
+        accounts = [issuer.account(name, plan=p) for name, p in plans.items()]
+        kept, _ = keeping(lab, issuer=issuer, accounts=accounts)
+        asked = [kept.post(message(model=OPUS)) for _ in range(3)]
+        assert [served_by(a) for a in asked] == ["large"] * 3
+        others = [kept.post(message(model="claude-haiku-4-5")) for _ in range(3)]
+        assert {served_by(a) for a in others} == set(plans)
+
+    def test_least_used(self, lab: Lab, issuer: Issuer) -> None:
+        kept, _ = keeping(
+            lab,
+            issuer=issuer,
+            accounts=[issuer.account("a"), issuer.account("b")],
+            balancing={"strategy": "least_used"},
+        )
+        assert collections.Counter(served(kept, 6)) == {"a": 3, "b": 3}
+        stats = {a["name"]: a["request_count"] for a in kept.get("/api/accounts")}
+        assert stats == {"a": 3, "b": 3}
+
+    def test_the_ticker_begins_windows_where_it_is_wished(
+        self, lab: Lab, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hurry(monkeypatch, TICKER_FIRST_S=0.0)
+        config, keys = issuer.config, {"clientKeys": [KEY]}
+        ticking = {"tickerMinutes": 1, "tickerModel": "claude-haiku-4-5"}
+        names = ("one", "two")
+
+        def wished(database: str | None) -> dict[str, Any]:
+            raw = config(database)
+            raw["accounts"].update(ticking)
+            return raw
+
+        monkeypatch.setattr(issuer, "config", wished)
+        accounts = [issuer.account(name) for name in names]
+        kept, served = keeping(lab, issuer=issuer, accounts=accounts, server=keys)
+        lab.counted += 2
+        eventually(lambda: len(served.requests) == 2, "two messages")
+        assert {json.loads(r.body)["model"] for r in served.requests} == {
+            "claude-haiku-4-5"
+        }
+        key = f"x-api-key: {KEY}"
+        eventually(lambda: len(kept.history(key)) == 2, "two rows")
+        assert {row["account_used"] for row in kept.history(key)} == set(names)
+        assert all(a["windowActive"] for a in kept.get("/api/accounts", key))
+        assert len(served.requests) == 2
+
+    def test_windows(self, lab: Lab, issuer: Issuer) -> None:
+        """Unstarted first, then near its reset; what was counted outlives a stop."""
+        names = ("young", "old", "new")
+        accounts = [issuer.account(name) for name in names]
+        again = partial(keeping, lab, issuer=issuer, balancing={"strategy": "window"})
+        kept, _ = again(accounts=accounts)
+        kept.stop()
+        with contextlib.closing(sqlite3.connect(kept.path)) as db, db:
+            for name, hours in (("young", 1), ("old", 4.5)):
+                begun = int((time.time() - hours * 3600) * 1000)
+                db.execute(
+                    "UPDATE accounts SET usage_window_start=?,"
+                    " usage_window_requests=3 WHERE name=?",
+                    (begun, name),
+                )
+        kept, _ = again()
+        assert served(kept, 3) == ["new", "old", "old"]
+        shown = {a["name"]: a for a in kept.get("/api/accounts")}
+        assert [shown[n]["requestsInWindow"] for n in names] == [3, 5, 1]
+        assert all(shown[n]["windowActive"] for n in names)
+        assert shown["old"]["timeUntilReset"] <= 1_800_000
+
+
+# -- history ---------------------------------------------------------------
+
+
+class TestHistory:
+    def test_a_whole_answer(self, lab: Lab) -> None:
+        usage = {"input_tokens": 1000, "output_tokens": 200}
+        kept = keeping(lab, lab.upstream(told(saying(usage))))
+        body = message(model="claude-sonnet-5-5", metadata={"user_id": "canary-u"})
+        answer = kept.post(body, session(1))
+        row = kept.last()
+        assert row["id"] == answer.field("x-claude-lb-request-id")
+        assert (row["method"], row["path"]) == ("POST", "/v1/messages")
+        assert (row["account_used"], row["status_code"]) == ("up0", 200)
+        assert (row["success"], row["ended"], row["stream"]) == (1, "ok", 0)
+        assert counts_of(row)[:2] == (1000, 200)
+        assert row["model_used"] == DATED_MODEL
+        assert row["model_asked"] == "claude-sonnet-5-5"
+        found = Usage(1000, 200)
+        at_s = row["timestamp"] / 1000
+        assert row["cost_usd"] == about(cost(DATED_MODEL, found, at_s) or 0.0)
+        assert row["request_bytes"] == len(body)
+        assert row["response_bytes"] >= len(answer.body)
+        assert 0 <= row["first_byte_ms"] <= row["response_time_ms"] + 1
+        assert abs(row["timestamp"] / 1000 - time.time()) < BOUND_S
+        assert row["failover_attempts"] == 0
+        assert [a["endpoint"] for a in row["attempts"]] == ["up0"]
+        assert re.fullmatch("[0-9a-f]{16,64}", row["conversation"])
+        assert "canary-u" not in str(row)
+        assert "conversation-1" not in str(row)
+
+    def test_a_stream_s_usage_is_the_last_value(self, lab: Lab) -> None:
+        parts = [started(FIRST), TEXT, changed({"output_tokens": 50}), changed(LAST)]
+        kept = keeping(lab, lab.upstream(streams(*parts, STOP_EVENT)))
+        kept.post(message(stream=True))
+        row = kept.last()
+        assert counts_of(row) == (9, 77, 6, 10, 20)
+        assert (row["ended"], row["stream"]) == ("ok", 1)
+        assert row["model_used"] == DATED_MODEL
+
+    def test_each_ending_is_one_row(self, lab: Lab) -> None:
+        gate = lab.gate()
+        usage = {"input_tokens": 7, "output_tokens": 3}
+
+        def stuck(wire: Wire, _: Received) -> None:
+            wire.stream(started(usage), TEXT, end=False)
+            assert gate.wait(BOUND_S)
+
+        def cut(wire: Wire, _: Received) -> None:
+            wire.stream(started(usage), TEXT, end=False)
+            raise HungUpError
+
+        steps = in_turn(told(saying(usage)), says(500), cut, stuck)
+        kept = keeping(lab, lab.upstream(steps))
+        assert kept.post().status == 200
+        assert kept.post().status == 500
+        later(kept, 3600)
+        client = kept.client().post()
+        client.head()
+        client.cut()
+        later(kept, 3600)
+        hang_up_after(kept, TEXT)
+        eventually(lambda: len(kept.history()) == 4, "the fourth row", PROMPT_S)
+        assert change(kept, "/api/endpoints/up0/pause").status == 200
+        own_error(kept.post(), 503, "overloaded_error")
+        rows = kept.history()
+        wanted = ["ok", "upstream_error", "truncated", "client_cancelled", "refused"]
+        assert [row["ended"] for row in rows] == wanted
+        assert [row["success"] for row in rows] == [1, 0, 0, 0, 0]
+        assert [counts_of(row)[0] for row in rows] == [7, None, 7, 7, None]
+        assert [row["stream"] for row in rows] == [0, 0, 1, 1, 0]
+        assert [row["account_used"] for row in rows] == ["up0"] * 4 + [None]
+        assert all(row["error_message"] for row in rows[1:])
+        assert rows[1]["first_byte_ms"] is not None
+        assert rows[4]["first_byte_ms"] is None
+        assert rows[4]["attempts"] == []
+        assert [row["id"] for row in rows] == [
+            line["request_id"] for line in kept.rows(5)
+        ]
+        totals = kept.get("/api/analytics?range=1h")["totals"]
+        assert (totals["requests"], totals["cancelled"], totals["errors"]) == (5, 1, 3)
+
+    def test_attempts_after_a_failover(self, lab: Lab) -> None:
+        ups = lab.upstream(says(503)), lab.upstream(limited(30)), lab.upstream()
+        kept = keeping(lab, *ups)
+        assert served_by(kept.post()) == "up2"
+        row = kept.last()
+        tried = [(a["endpoint"], a["status"], a["reason"]) for a in row["attempts"]]
+        names = ["up0", "up1", "up2"]
+        assert [t[:2] for t in tried] == list(zip(names, (503, 429, 200)))
+        assert tried[0][2] == "server-error"
+        assert all(a["ms"] >= 0 for a in row["attempts"])
+        assert (row["failover_attempts"], row["account_used"]) == (2, "up2")
+        totals = kept.get("/api/analytics?range=1h")["totals"]
+        assert (totals["requests"], totals["failovers"]) == (1, 2)
+
+    def test_a_row_is_there_at_once(self, lab: Lab) -> None:
+        kept = keeping(lab, lab.upstream())
+        for number in range(10):
+            answer = kept.post()
+            rows = kept.history()
+            assert len(rows) == number + 1
+            assert rows[-1]["id"] == answer.field("x-claude-lb-request-id")
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_compressed_answer_is_untouched(self, lab: Lab, stream: bool) -> None:
+        usage = {"input_tokens": 7, "output_tokens": 3}
+        whole = STREAM if stream else saying(usage)
+        data = gzip.compress(whole)
+        kind = "text/event-stream" if stream else "application/json"
+        fields = ("content-encoding: gzip", f"content-type: {kind}")
+        kept = keeping(lab, lab.upstream(told(data, *fields)))
+        answer = kept.post(None, "accept-encoding: gzip")
+        assert (answer.status, answer.body) == (200, data)
+        assert answer.field("content-encoding") == "gzip"
+        assert answer.field("content-length") == str(len(data))
+        row = kept.last()
+        assert counts_of(row) == (None,) * 5
+        assert (row["cost_usd"], row["ended"]) == (None, "ok")
+        assert row["stream"] == stream
+
+    def test_the_sums_are_the_upstream_s(self, lab: Lab) -> None:
+        chance, sums, costs = random.Random(4), [0] * 5, [0.0]
+
+        def answers(wire: Wire, _: Received) -> None:
+            counts = [chance.randrange(10_000) for _ in range(5)]
+            usage = {
+                "input_tokens": counts[0],
+                "output_tokens": counts[1],
+                "cache_read_input_tokens": counts[2],
+                "cache_creation_input_tokens": counts[3] + counts[4],
+                "cache_creation": {
+                    "ephemeral_5m_input_tokens": counts[3],
+                    "ephemeral_1h_input_tokens": counts[4],
+                },
+            }
+            first = {**usage, "output_tokens": 1}
+            if chance.random() < 0.2:
+                # What it has made is not known, so its cost is not either
+                sums[:] = map(sum, zip(sums, [counts[0], 0, *counts[2:]]))
+                wire.stream(started(first), TEXT, end=False)
+                raise HungUpError
+            sums[:] = map(sum, zip(sums, counts))
+            found = Usage(counts[0], counts[1], counts[2], counts[3], counts[4])
+            costs[0] += cost(DATED_MODEL, found, time.time()) or 0.0
+            if chance.random() < 0.5:
+                wire.answer(200, saying(usage))
+            else:
+                wire.stream(started(first), TEXT, changed(usage), STOP_EVENT)
+
+        kept = keeping(lab, lab.upstream(answers))
+        for _ in range(40):
+            later(kept, 600)
+            with contextlib.suppress(CutError, ConnectionResetError):
+                assert kept.post().status == 200
+        rows = kept.history()
+        assert len(rows) == 40
+        assert {row["ended"] for row in rows} == {"ok", "truncated"}
+        found = [counts_of(row) for row in rows]
+        assert [sum(filter(None, column)) for column in zip(*found)] == sums
+        breakdown = kept.get("/api/stats")["tokenBreakdown"]
+        names = ("inputTokens", "outputTokens", "cacheReadInputTokens")
+        more = ("cacheCreation5mInputTokens", "cacheCreation1hInputTokens")
+        assert [breakdown[name] for name in (*names, *more)] == sums
+        cut = [row for row in rows if row["ended"] == "truncated"]
+        assert {row["cost_usd"] for row in cut} == {None}
+        whole = sum(row["cost_usd"] for row in rows if row not in cut)
+        assert whole == pytest.approx(costs[0], abs=1e-9)
+        assert kept.get("/api/stats")["totalCostUsd"] == pytest.approx(whole, abs=1e-6)
+
+
+# -- API -------------------------------------------------------------------
+
+DAYS = {"1h": 60, "6h": 72, "24h": 24, "7d": 168, "30d": 30}
+
+
+class TestApi:
+    def test_stats(self, lab: Lab) -> None:
+        usage = {"input_tokens": 10, "output_tokens": 5}
+        ups = lab.upstream(told(saying(usage))), lab.upstream(says(400))
+        kept = keeping(lab, *ups)
+        empty = kept.get("/api/stats")
+        assert (empty["totalRequests"], empty["successRate"]) == (0, 0)
+        assert sorted(kept.post().status for _ in range(4)) == [200, 200, 400, 400]
+        stats = kept.get("/api/stats")
+        wanted = "totalRequests successRate activeAccounts avgResponseTime totalTokens"
+        wanted += " totalCostUsd topModels avgTokensPerSecond accounts recentErrors"
+        assert not set(wanted.split()) - set(stats)
+        assert (stats["totalRequests"], stats["successRate"]) == (4, 50)
+        assert stats["totalTokens"] == 30
+        names = {a["name"]: a["requestCount"] for a in stats["accounts"]}
+        assert names == {"up0": 2, "up1": 2}
+        assert len(stats["recentErrors"]) == 2
+        assert stats["topModels"][0]["count"] == 2
+        assert change(kept, "/api/stats/reset").json()["success"] is True
+        assert kept.get("/api/stats")["totalRequests"] == 0
+        assert kept.get("/api/requests") == []
+        assert kept.post().status in (200, 400)
+        assert kept.get("/api/stats")["totalRequests"] == 1
+
+    def test_accounts(self, lab: Lab, issuer: Issuer) -> None:
+        accounts = [issuer.account("work"), issuer.account("idle", paused=True)]
+        kept, _ = keeping(lab, issuer=issuer, accounts=accounts)
+        kept.post()
+        work, idle = kept.get("/api/accounts")
+        wanted = "name request_count last_used usage_window_start"
+        wanted += " usage_window_requests plan_type token_valid windowActive"
+        wanted += " windowStarted windowEnds requestsInWindow timeUntilReset"
+        wanted += " supported_models id created paused tokenStatus tokenExpiresAt"
+        assert not set(wanted.split()) - set(work)
+        assert (work["name"], work["request_count"], work["paused"]) == (
+            *("work", 1),
+            False,
+        )
+        assert (work["windowActive"], work["requestsInWindow"]) == (True, 1)
+        assert (work["token_valid"], work["tokenStatus"]) == (1, "valid")
+        assert (idle["paused"], idle["request_count"]) == (True, 0)
+        assert (idle["last_used"], idle["timeUntilReset"]) == (None, None)
+        assert CANARY not in json.dumps([work, idle])
+
+    def test_requests_limit(self, lab: Lab) -> None:
+        kept = keeping(lab, lab.upstream())
+        for _ in range(3):
+            kept.post()
+        assert len(kept.get("/api/requests")) == 3
+        assert len(kept.get("/api/requests?limit=1")) == 1
+        assert len(kept.get("/api/requests?limit=2")) == 2
+        assert len(kept.get("/api/requests?limit=1000")) == 3
+        odd = ("0", "1001", "abc", "-1", "", "1.5", "%31%20", "1e3", "9" * 400)
+        found = {text: kept.ask("GET", f"/api/requests?limit={text}") for text in odd}
+        kept._lab.counted -= sum(a.status == 200 for a in found.values())
+        assert {t: a.status for t, a in found.items()} == dict.fromkeys(odd, 400)
+        assert kept.post().status == 200  # it is alive
+
+    def test_analytics_ranges(self, lab: Lab) -> None:
+        usage = {"input_tokens": 10, "output_tokens": 5, "cache_read_input_tokens": 30}
+        kept = keeping(lab, lab.upstream(told(saying(usage))))
+        kept.post()
+        assert kept.get("/api/analytics")["meta"]["range"] == "24h"
+        for span, buckets in DAYS.items():
+            document = kept.get(f"/api/analytics?range={span}")
+            assert document["meta"]["range"] == span
+            series = document["timeSeries"]
+            assert len(series) == buckets
+            assert series[-1]["requests"] + series[-2]["requests"] == 1
+            assert sum(entry["tokens"] for entry in series) == 45
+            assert document["totals"]["requests"] == 1
+            assert document["totals"]["cacheHitRate"] == 75.0
+            assert document["totals"]["firstByteP50Ms"] is not None
+            assert [a["name"] for a in document["accountPerformance"]] == ["up0"]
+            assert list(document["byModel"]) == [DATED_MODEL]
+            (priced,) = document["costByModel"]
+            assert priced["costUsd"] > 0
+        only = kept.get("/api/analytics?range=1h&endpoint=nobody")
+        assert only["totals"]["requests"] == 0
+        for bad in ("2h", "", "24H", "1h;drop"):
+            answer = kept.ask("GET", f"/api/analytics?range={bad}")
+            kept._lab.counted -= answer.status == 200
+            assert answer.status == 400, bad
+
+    def test_configuration(self, lab: Lab) -> None:
+        kept = keeping(lab, lab.upstream(), lab.upstream())
+        before = kept.get("/api/config")
+        assert before["load_balance_strategy"] == before["lb_strategy"]
+        assert before["port"] == kept.port
+        assert before["sessionDurationMs"] == 18_000_000
+        body = {"key": "load_balance_strategy", "value": "least_used"}
+        answer = change(kept, "/api/config", json.dumps(body).encode())
+        assert (answer.status, answer.json()) == (200, {"success": True, **body})
+        assert kept.get("/api/config/strategy")["strategy"] == "least_used"
+        answer = change(kept, "/api/config/strategy", b'{"strategy": "priority"}')
+        assert answer.json() == {"success": True, "strategy": "priority"}
+        assert kept.get("/api/config")["lb_strategy"] == "priority"
+        assert kept.server.config.balancing.strategy == "priority"
+        for bad in (b"", b"{", b"[]", b'{"key": "port", "value": 1}', b'{"key": 1}'):
+            assert change(kept, "/api/config", bad, JSON_TYPE).status == 400
+        for bad in (b"", b"{}", b'{"strategy": "x"}', b'{"strategy": [1]}'):
+            path = "/api/config/strategy"
+            assert change(kept, path, bad, JSON_TYPE).status == 400
+        assert set(served(kept, 2)) <= {"up0", "up1"}
+
+    def test_accounts_change_by_hand(self, lab: Lab, issuer: Issuer) -> None:
+        accounts = [issuer.account(name) for name in "abc"]
+        kept, _ = keeping(lab, issuer=issuer, accounts=accounts)
+        body = b'{"oldName": "a", "newName": "x"}'
+        answer = change(kept, "/api/rename-account", body)
+        assert (answer.status, answer.json()["newName"]) == (200, "x")
+        assert change(kept, "/api/accounts/b/rename", b'{"name": "y"}').status == 200
+        assert set(served(kept, 3)) == {"x", "y", "c"}
+        assert change(kept, "/api/accounts/x/pause").json()["success"] is True
+        assert set(served(kept, 4)) == {"y", "c"}
+        assert kept.account("x")["paused"] is True
+        assert change(kept, "/api/accounts/x/resume").status == 200
+        assert set(served(kept, 3)) == {"x", "y", "c"}
+        gone = "/api/accounts/y"
+        for bad in (b"", b"{}", b'{"confirm": "x"}', b'{"confirm": true}'):
+            answer = kept.ask("DELETE", gone, bad, JSON_TYPE)
+            assert answer.status == 400, bad
+            if bad[1:2] not in (b"", b""):
+                assert "confirm" in answer.json()["error"]["message"]
+        assert kept.account("y") is not None
+        answer = kept.ask("DELETE", gone, b'{"confirm": "y"}', JSON_TYPE, counts=0)
+        assert (answer.status, answer.json()["success"]) == (200, True)
+        assert set(served(kept, 4)) == {"x", "c"}
+        assert [a["name"] for a in kept.get("/api/accounts")].count("y") == 0
+
+    def test_unknown_and_unfit_names(self, lab: Lab, issuer: Issuer) -> None:
+        accounts = [issuer.account(name) for name in "ab"]
+        kept, _ = keeping(lab, issuer=issuer, accounts=accounts)
+        for verb in ("pause", "resume"):
+            assert change(kept, f"/api/accounts/nobody/{verb}").status == 404
+        path = "/api/accounts/nobody/rename"
+        assert change(kept, path, b'{"name": "z"}').status == 404
+        path = "/api/accounts/nobody"
+        assert kept.refused("DELETE", path, body=b'{"confirm": "nobody"}') == 404
+        path = "/api/rename-account"
+        unknown = b'{"oldName": "nobody", "newName": "z"}'
+        assert change(kept, path, unknown).status == 404
+        for new in ('"b"', '""', '"a b"', '"-x"', "1", "null"):
+            body = b'{"oldName": "a", "newName": %b}' % new.encode()
+            assert change(kept, path, body).status == 400, new
+        assert {a["name"] for a in kept.get("/api/accounts")} == {"a", "b"}
+
+    @pytest.mark.parametrize(
+        ("method", "path", "allow"),
+        [
+            ("POST", "/api/stats", "GET, HEAD, OPTIONS"),
+            ("DELETE", "/api/requests", "GET, HEAD, OPTIONS"),
+            ("POST", "/api/requests/stream", "GET, HEAD, OPTIONS"),
+            ("PUT", "/api/config", "POST, GET, HEAD, OPTIONS"),
+            ("GET", "/api/stats/reset", "POST, OPTIONS"),
+            ("GET", "/api/accounts/a/pause", "POST, DELETE, OPTIONS"),
+            ("GET", "/api/accounts/a", "DELETE, OPTIONS"),
+            ("GET", "/api/rename-account", "POST, OPTIONS"),
+        ],
+    )
+    def test_other_methods(self, lab: Lab, method: str, path: str, allow: str) -> None:
+        kept = keeping(lab, lab.upstream())
+        answer = kept.ask(method, path)
+        assert answer.status == 405
+        shown = set(answer.field("allow").split(", "))
+        assert shown == set(allow.split(", ")) or shown == set(
+            allow.replace("DELETE, ", "").split(", ")
+        )
+
+    def test_a_proxy_without_accounts(self, lab: Lab) -> None:
+        kept = keeping(lab, lab.upstream())
+        assert kept.get("/api/accounts") == []
+        assert change(kept, "/api/accounts/a/pause").status == 404
+        assert (
+            kept.refused("DELETE", "/api/accounts/a", body=b'{"confirm": "a"}') == 404
+        )
+
+    def test_reading_needs_a_client_key(self, lab: Lab) -> None:
+        kept = keeping(lab, lab.upstream(), server={"clientKeys": [KEY]})
+        key = f"x-api-key: {KEY}"
+        for path in GET_PATHS:
+            assert kept.refused("GET", path) == 401, path
+        client = kept.client().ask("GET", "/api/requests/stream")
+        assert client.head().status == 401
+        for path in GET_PATHS:
+            kept.get(path, key)
+        assert kept.refused("GET", "/api/stats", "Host: rebound.example") == 421
+        assert (
+            kept.refused("GET", "/api/stats", key, "Origin: https://x.example") == 403
+        )
+        client = kept.client().ask("GET", "/api/requests/stream", b"", key, counts=0)
+        assert client.head().status == 200
+
+    def test_changing_needs_more(self, lab: Lab, issuer: Issuer) -> None:
+        accounts = [issuer.account(name) for name in "ab"]
+        kept, _ = keeping(
+            lab,
+            issuer=issuer,
+            accounts=accounts,
+            server={"clientKeys": [KEY], "adminKey": ADMIN},
+        )
+        for method, path, body in KEPT_CHANGES:
+            for fields in ([], [f"x-api-key: {KEY}"], [f"x-api-key: {ADMIN[1:]}"]):
+                assert kept.refused(method, path, *fields, body=body) == 401, path
+            for field in WEB_PAGES:
+                admin = f"x-api-key: {ADMIN}"
+                assert kept.refused(method, path, admin, field, body=body) == 403
+        admin = f"x-api-key: {ADMIN}"
+        assert [
+            a["paused"] for a in kept.get("/api/accounts", f"x-api-key: {KEY}")
+        ] == [*(False, False)]
+        assert change(kept, "/api/accounts/a/pause", b"", admin).status == 200
+
+    def test_without_an_admin_key_this_machine_changes(self, lab: Lab) -> None:
+        kept = keeping(lab, lab.upstream(), server={"clientKeys": [KEY]})
+        key, far_away = f"x-api-key: {KEY}", "X-Forwarded-For: 10.0.0.1"
+        body = b'{"strategy": "priority"}'
+        path = "/api/config/strategy"
+        assert kept.refused("POST", path, body=body) == 401
+        assert kept.refused("POST", path, key, far_away, body=body) == 403
+        assert (
+            kept.refused("POST", path, key, "content-type: text/plain", body=body)
+            == 415
+        )
+        assert change(kept, path, body, key).status == 200
+        for field in WEB_PAGES:
+            assert kept.refused("POST", path, key, field, body=body) == 403
+
+
+GET_PATHS = (
+    *("/status", "/providers", "/api/stats", "/api/accounts", "/api/requests"),
+    *("/api/analytics", "/api/config", "/api/config/strategy"),
+)
+WEB_PAGES = (
+    *("Origin: https://evil.example", "Origin: null", "Sec-Fetch-Site: cross-site"),
+)
+KEPT_CHANGES = (
+    ("POST", "/api/config", b'{"key": "lb_strategy", "value": "priority"}'),
+    ("POST", "/api/config/strategy", b'{"strategy": "priority"}'),
+    ("POST", "/api/stats/reset", b""),
+    ("POST", "/api/accounts/a/pause", b""),
+    ("POST", "/api/accounts/a/resume", b""),
+    ("POST", "/api/accounts/a/rename", b'{"name": "z"}'),
+    ("POST", "/api/rename-account", b'{"oldName": "a", "newName": "z"}'),
+    ("DELETE", "/api/accounts/a", b'{"confirm": "a"}'),
+)
+
+
+def listener(kept: Kept) -> Client:
+    """Return who listens to /api/requests/stream, after its first event."""
+    client = kept.client().ask("GET", "/api/requests/stream", counts=0)
+    head = client.head()
+    assert (head.status, head.field("content-type")) == (200, "text/event-stream")
+    assert client.until(b"\n\n") == b"event: connected\ndata: {}\n\n"
+    return client
+
+
+def heard(client: Client) -> tuple[str, Any]:
+    """Return the next event's name and its data."""
+    text = client.until(b"\n\n").decode()
+    found = re.fullmatch(r"event: (\w+)\ndata: (.*)\n\n", text)
+    assert found, text
+    data = json.loads(found[2])
+    assert data["type"] == found[1]
+    return found[1], data
+
+
+class TestRequestStream:
+    def test_start_and_end(self, lab: Lab) -> None:
+        usage = {"input_tokens": 3, "output_tokens": 2}
+        kept = keeping(lab, lab.upstream(told(saying(usage))))
+        first, second = listener(kept), listener(kept)
+        answer = kept.post(message(model="claude-sonnet-5-5"))
+        for client in (first, second):
+            name, start = heard(client)
+            assert (name, start["method"], start["path"]) == (
+                *("start", "POST"),
+                "/v1/messages",
+            )
+            assert start["model"] == "claude-sonnet-5-5"
+            name, end = heard(client)
+            assert (name, end["id"]) == ("end", start["id"])
+            assert start["id"] == answer.field("x-claude-lb-request-id")
+            row = kept.last()
+            assert {k: end[k] for k in row} == row
+        first.close()
+        kept.post()
+        assert [heard(second)[0] for _ in range(2)] == ["start", "end"]
+
+    def test_each_exchange_in_its_order(self, lab: Lab) -> None:
+        kept = keeping(lab, lab.upstream(), lab.upstream(says(500)))
+        client = listener(kept)
+        with ThreadPoolExecutor(8) as crowd:
+            asked = [crowd.submit(kept.post) for _ in range(40)]
+            ids = {a.result().field("x-claude-lb-request-id") for a in asked}
+        began: set[str] = set()
+        ended: list[str] = []
+        while len(ended) < 40:
+            name, data = heard(client)
+            assert (data["id"] in began) == (name == "end")
+            began.add(data["id"])
+            if name == "end":
+                ended.append(data["id"])
+        assert set(ended) == began == ids
+
+    def test_the_ninth_is_refused(self, lab: Lab) -> None:
+        kept = keeping(lab, lab.upstream())
+        clients = [listener(kept) for _ in range(8)]
+        ninth = kept.client().ask("GET", "/api/requests/stream", counts=0)
+        assert ninth.head().status == 503
+        assert "8" in json.loads(ninth.rest())["error"]["message"]
+        assert kept.post().status == 200
+        assert {heard(client)[0] for client in clients} == {"start"}
+        clients[0].close()
+        eventually(
+            lambda: not all(x.is_there() for x in kept.server.chronicle._listeners),
+            "its leave",
+        )
+        clients.append(listener(kept))
+
+    def test_a_slow_one_is_dropped(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "HISTORY_BYTES", 200_000)
+        kept = keeping(lab, lab.upstream())
+        chronicle, relay = kept.server.chronicle, kept.server.relay
+        slow, quick = listener(kept), listener(kept)
+        facts = {"text": "x" * 50_000}
+        for _ in range(2000):
+            relay.tell(partial(chronicle._say, "start", facts))
+            assert heard(quick)[0] == "start"
+            if sum(x.is_there() for x in chronicle._listeners) == 1:
+                break
+        else:
+            pytest.fail("the slow one is still there")
+        assert kept.post().status == 200
+        assert [heard(quick)[0] for _ in range(2)] == ["start", "end"]
+        with pytest.raises((CutError, ConnectionResetError)):
+            slow.rest()
+
+    def test_a_stop_ends_it(self, lab: Lab) -> None:
+        kept = keeping(lab, lab.upstream())
+        clients = [listener(kept) for _ in range(3)]
+        lab.thread(lambda: kept.server.stop(grace_s=10 * BOUND_S))
+        lab.stopped(kept)
+        for client in clients:
+            assert client.rest() == b""
+            assert client.ends() == "closed"
+
+    def test_a_quiet_one_is_kept_open(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hurry(monkeypatch, PING_S=0.05)
+        client = listener(keeping(lab, lab.upstream()))
+        assert client.until(b"\n\n") == b": ping\n\n"
+
+
+# -- the program -----------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def ask_program(port: int, *fields: tuple[str, str], body: bytes = b"") -> int:
+    """Post a message to a program of its own; return the status."""
+    line = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
+    try:
+        line.request("POST", "/v1/messages", body or message(), dict(fields))
+        answer = line.getresponse()
+        answer.read()
+        return answer.status
+    finally:
+        line.close()
+
+
+@at_both_ends
+class TestProgramHistory:
+    def test_a_new_database(self, program: Program) -> None:
+        runs = [program.run(*line) for line in (["stats"], ["analyze"])]
+        assert [run.code for run in runs] == [0, 0], runs
+        assert runs[0].out.startswith("total")
+        assert "idx_requests_timestamp" in runs[1].out
+        run = program.run("stats", "--range", "24h", "--json")
+        assert json.loads(run.out)["totals"]["requests"] == 0
+        assert all(run.err == "" for run in runs)
+        assert not (program.folder / ".local").exists()
+        for bad in (["stats", "--range", "2h"], ["stats", "extra"], ["analyse"]):
+            with pytest.raises(SystemExit) as ended:
+                claude_lb.main(bad)
+            assert ended.value.code == 2
+
+    def test_what_served_is_told(self, program: Program, lab: Lab) -> None:
+        usage = {"input_tokens": 3, "output_tokens": 2}
+        up = lab.upstream(told(saying(usage)))
+        program.write("endpoints.json", {"endpoints": [near(up.port, name="up")]})
+        port = free_port()
+        with program.serve(PORT=str(port)) as serving:
+            assert serving.port == port
+            assert [ask_program(port) for _ in range(2)] == [200, 200]
+            shown = serving.get("/api/requests")[1]
+            run = program.run("stats", "--json")  # beside the running one
+            assert json.loads(run.out)["totalRequests"] == 2
+            assert serving.stop().code == 0
+        run = program.run("stats", "--range", "24h", "--json")
+        assert run.code == 0
+        document = json.loads(run.out)
+        assert (document["totals"]["requests"], document["totals"]["tokens"]) == (2, 10)
+        table = program.run("stats", "--range", "24h").out
+        assert re.search(r"(?m)^up +2 ", table)
+        assert DATED_MODEL in table
+        found = json.loads(program.run("analyze", "--json").out)
+        assert found["rows"]["requests"] == len(shown) == 2
+        path = program.folder / ".local/state/claude-lb/claude_lb.db"
+        assert found["file"] == str(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+    def test_the_accounts_are_the_pool(self, program: Program, issuer: Issuer) -> None:
+        path = program.folder / "xdg-state/claude-lb/claude_lb.db"
+        book = AccountBook(str(path), issuer.settings(), Lines())
+        state = {"XDG_STATE_HOME": str(program.folder / "xdg-state")}
+        run = program.run("--check", **state)
+        assert run.code == 2
+        book.add(issuer.account("work"))
+        book.add(issuer.account("home", plan="pro"))
+        run = program.run("--check", **state)
+        assert run.code == 0, run
+        assert "balancing: least_used" in run.out
+        assert re.search(r"endpoint work: \S+ oauth \*\*\* plan max", run.out)
+        assert re.search(r"endpoint home: \S+ oauth \*\*\* plan pro", run.out)
+        assert CANARY not in run.out + run.err
+        with program.serve("--port", "0", **state) as serving:
+            status, found = serving.get("/api/accounts")
+            assert (status, {a["name"] for a in found}) == (200, {"work", "home"})
+            assert serving.get("/api/config")[1]["lb_strategy"] == "least_used"
+            assert serving.stop().code == 0
+
+    def test_a_history_in_memory(self, program: Program, lab: Lab) -> None:
+        listed = {"endpoints": [near(lab.upstream().port)]}
+        program.write("endpoints.json", {**listed, "storage": {"database": None}})
+        run = program.run("--check")
+        assert "history: in memory" in run.out
+        for command in (["stats"], ["accounts", "list"]):
+            run = program.run(*command)
+            assert (run.code, run.out) == (2, ""), command
+            assert "storage.database is null" in run.err
+        with program.serve("--port", "0") as serving:
+            assert ask_program(serving.port) == 200
+            assert serving.get("/api/stats")[1]["totalRequests"] == 1
+        assert not list(program.folder.rglob("*.db"))
+
+    def test_a_damaged_database_is_told(self, program: Program) -> None:
+        text = "no database at all " * 500
+        program.write(".local/state/claude-lb/claude_lb.db", text)
+        for command in (["analyze"], ["accounts", "list"]):
+            run = program.run(*command)
+            assert (run.code, run.out) == (1, ""), command
+            assert "Traceback" not in run.err
+
+
+# -- faults of the store ---------------------------------------------------
+
+
+def history_health(kept: Kept) -> Any:
+    return kept.ask("GET", "/health", counts=0).json()["history"]
+
+
+class Full:
+    """Opens databases that can be told to grow no more."""
+
+    def __init__(self) -> None:
+        self.full = False
+
+    def __call__(self, path: str) -> sqlite3.Connection:
+        db = claude_lb.open_database(path)
+        if self.full:
+            (pages,) = db.execute("PRAGMA page_count").fetchone()
+            db.execute(f"PRAGMA max_page_count = {pages}")
+        return db
+
+
+class TestStoreFaultsOverSockets:
+    @pytest.fixture(autouse=True)
+    def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(claude_lb, "HISTORY_RETRY_S", 0.05)
+        monkeypatch.setattr(claude_lb, "FLUSH_S", 0.2)
+
+    def test_a_folder_that_cannot_be_written(self, lab: Lab) -> None:
+        (lab._folder / "state").write_text("a file where the folder should be")
+        kept = keeping(lab, lab.upstream())
+        assert [kept.post().status for _ in range(3)] == [200] * 3
+        found = eventually(
+            lambda: (h := history_health(kept))["state"] == "failing" and h, "a word"
+        )
+        assert found["why"]
+        assert (found["waiting"], found["dropped"]) == (3, 0)
+        assert kept.get("/api/requests") == []  # none is there yet
+        (lab._folder / "state").unlink()
+        eventually(lambda: history_health(kept)["state"] == "ok", "its end")
+        assert len(kept.history()) == 3
+        said = [x for x in kept.lines() if "rows cannot be written" in str(x)]
+        assert len(said) == 1
+
+    def test_a_read_only_folder(self, lab: Lab) -> None:
+        folder = lab._folder / "state"
+        folder.mkdir()
+        folder.chmod(0o500)
+        if os.access(folder, os.W_OK):
+            folder.chmod(0o700)
+            pytest.skip("this user may write everywhere")
+        kept = keeping(lab, lab.upstream())
+        assert [kept.post().status for _ in range(3)] == [200] * 3
+        eventually(lambda: history_health(kept)["state"] == "failing", "a word")
+        folder.chmod(0o700)
+        eventually(lambda: history_health(kept)["state"] == "ok", "its end")
+        assert len(kept.history()) == 3
+
+    def test_deleted_while_it_runs(self, lab: Lab, issuer: Issuer) -> None:
+        kept, _ = keeping(lab, issuer=issuer, accounts=[issuer.account("work")])
+        kept.post()
+        assert len(kept.history()) == 1
+        for path in kept.path.parent.glob("lb.db*"):
+            if path.suffix in ("", ".db") or path.name.endswith(("-wal", "-shm")):
+                path.unlink()
+        for _ in range(3):
+            assert served_by(kept.post()) == "work"
+        eventually(lambda: kept.history()[-1]["account_used"] == "work", "rows")
+        assert kept.stored()["refresh_token"] in issuer.live
+        assert kept.account()["token_valid"] == 1
+        assert history_health(kept)["state"] == "ok"
+        assert len(kept.history()) == 3
+        assert stat.S_IMODE(kept.path.stat().st_mode) == 0o600
+
+    @pytest.mark.parametrize("spoil", ["header", "page", "empty"])
+    def test_corrupt_at_the_start(self, lab: Lab, issuer: Issuer, spoil: str) -> None:
+        kept, _ = keeping(lab, issuer=issuer, accounts=[issuer.account("work")])
+        kept.post()
+        kept.stop()
+        data = bytearray(kept.path.read_bytes())
+        if spoil == "header":
+            data[:100] = b"garbage " * 12 + b"...."
+        elif spoil == "page":
+            data[4096:] = os.urandom(len(data) - 4096)
+        kept.path.write_bytes(b"" if spoil == "empty" else data)
+        kept, _ = keeping(lab, issuer=issuer)
+        assert served_by(kept.post()) == "work"
+        assert kept.last()["account_used"] == "work"
+        assert history_health(kept)["state"] == "ok"
+        aside = [p for p in kept.path.parent.iterdir() if "corrupt" in p.name]
+        assert bool(aside) == (spoil != "empty")
+        assert all(stat.S_IMODE(p.stat().st_mode) == 0o600 for p in aside)
+        told_of = "damaged" in kept.log() or "restored" in kept.log()
+        assert told_of
+
+    def test_a_later_version_s_file_is_left_alone(self, lab: Lab) -> None:
+        path = lab._folder / "state" / "lb.db"
+        path.parent.mkdir()
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA user_version = 99")
+        before = path.read_bytes()
+        kept = keeping(lab, lab.upstream())
+        assert [kept.post().status for _ in range(3)] == [200] * 3
+        assert len(kept.history()) == 3  # in memory
+        found = history_health(kept)
+        assert found["state"] == "failing"
+        assert "in memory" in found["why"]
+        assert path.read_bytes() == before
+
+    def test_a_locked_file(self, lab: Lab) -> None:
+        kept = keeping(lab, lab.upstream())
+        kept.post()
+        assert len(kept.history()) == 1
+        with contextlib.closing(sqlite3.connect(kept.path)) as db:
+            db.execute("BEGIN EXCLUSIVE")
+            assert [kept.post().status for _ in range(20)] == [200] * 20
+            assert len(kept.history()) == 1
+            assert history_health(kept)["dropped"] == 0
+            db.rollback()
+        eventually(lambda: len(kept.history()) == 21, "the rows")
+        assert history_health(kept)["state"] == "ok"
+
+    def test_a_full_disk(self, lab: Lab, issuer: Issuer) -> None:
+        disk = Full()
+        kept, _ = keeping(
+            lab,
+            issuer=issuer,
+            accounts=[issuer.account("work")],
+            store={"connect": disk},
+        )
+        kept.post()
+        kept.history()
+        disk.full = True
+        kept.server.relay.tell(kept.store._place.leave)
+        eventually(lambda: kept.store._place._db is None, "a new connection")
+        asked = 0
+        while history_health(kept)["state"] == "ok":
+            assert kept.post(message(), session("x" * 200)).status == 200
+            asked += 1
+            assert asked < 2000
+            kept.store.flush(0.2)
+        assert [kept.post().status for _ in range(5)] == [200] * 5
+        found = history_health(kept)
+        assert "full" in found["why"]
+        assert (found["waiting"] >= 5, found["dropped"]) == (True, 0)
+        assert kept.get("/api/accounts")[0]["name"] == "work"
+        disk.full = False
+        eventually(lambda: history_health(kept)["state"] == "ok", "room")
+        assert len(kept.history()) == min(1000, asked + 6)
+        assert history_health(kept)["waiting"] == 0
+
+
+@at_both_ends
+class TestKill:
+    def test_rows_that_were_shown_outlive_a_kill(
+        self, lab: Lab, program: Program
+    ) -> None:
+        up = lab.upstream(told(saying({"input_tokens": 3, "output_tokens": 2})))
+        program.write("endpoints.json", {"endpoints": [near(up.port, name="up")]})
+        path = program.folder / ".local/state/claude-lb/claude_lb.db"
+        shown: set[str] = set()
+        for _ in range(3):
+            with program.serve("--port", "0") as serving:
+                stop = lab.gate()
+
+                def load(port: int = serving.port, end: Any = stop) -> None:
+                    while not end.is_set():
+                        with contextlib.suppress(OSError, http.client.HTTPException):
+                            ask_program(port)
+
+                with ThreadPoolExecutor(4) as crowd:
+                    for _ in range(4):
+                        crowd.submit(load)
+                    before = len(shown)
+                    while len(shown) < before + 40:
+                        rows = serving.get("/api/requests?limit=1000")[1]
+                        shown |= {row["id"] for row in rows}
+                    serving.process.kill()
+                    serving.process.wait(LIMIT_S)
+                    stop.set()
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+                rows = {row for (row,) in db.execute("SELECT id FROM requests")}
+                (summed,) = db.execute(
+                    "SELECT sum(requests) FROM totals WHERE span_s = 3600"
+                ).fetchone()
+            assert shown <= rows
+            assert summed == len(rows)
+
+
+# -- secrets ---------------------------------------------------------------
+
+SLOTS = ("ENDPOINT", "CLIENT", "ADMIN", "PROXY", "APIKEY")
+
+
+def secret(slot: str) -> str:
+    return f"canary-{slot.lower()}-Zq3vX8kLw0RtY7uIoP2aSd"
+
+
+def tables_without_tokens(path: Path) -> str:
+    """Return all that a database says, but for the accounts' token columns."""
+    said = []
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        tables = db.execute("SELECT name FROM sqlite_master WHERE type='table'")
+        for (table,) in tables.fetchall():
+            found = db.execute(f"SELECT * FROM {table}")
+            names = [column[0] for column in found.description]
+            hidden = {"access_token", "refresh_token", "api_key"}
+            for row in found:
+                shown = hidden if table == "accounts" else set()
+                said.append(str([p for p in zip(names, row) if p[0] not in shown]))
+    return "\n".join(said)
+
+
+@at_both_ends
+class TestCanary:
+    def config(self, issuer: Issuer, up: ScriptedUpstream, dead: str) -> Any:
+        raw = issuer.config(None)
+        del raw["storage"]
+        raw["accounts"]["baseURL"] = up.url
+        gone = dead.replace("http://", f"http://user:{secret('proxy')}@")
+        raw["endpoints"] = [
+            near(up.port, name="up", authToken=secret("endpoint")),
+            {
+                "name": "far",
+                "baseURL": "https://claude.invalid",
+                "authToken": secret("endpoint"),
+                "proxy": gone,
+            },
+        ]
+        keys = {"clientKeys": [secret("client")], "adminKey": secret("admin")}
+        log = {"level": "debug", "format": "json", "file": "lb.log"}
+        return {**raw, "server": {"port": 0, **keys}, "log": log}
+
+    def test_no_secret_leaves(self, lab: Lab, issuer: Issuer, program: Program) -> None:
+        turns = iter(range(1000))
+
+        def answers(wire: Wire, request: Received) -> None:
+            turn, seen = next(turns), b"\n".join(request.lines)
+            if not issuer.takes(request) and b"Bearer" in seen:
+                wire.answer(401, error_body(401, seen.decode()))
+            elif turn % 3 == 0:
+                wire.answer(500, error_body(500, seen.decode()))
+            elif turn % 3 == 1:
+                wire.stream(started({"input_tokens": 1}), TEXT, STOP_EVENT)
+            else:
+                fine(wire, request)
+
+        up = lab.upstream(answers)
+        path = program.write("lb.json", self.config(issuer, up, lab.refusing()))
+        state = program.folder / ".local/state/claude-lb"
+        book = AccountBook(str(state / "claude_lb.db"), issuer.settings(), Lines())
+        book.add(issuer.account("work"))
+        book.add(issuer.account("key", api_key=Secret(secret("apikey"))))
+        issuer.expire()
+        said = [self.log_in(program, issuer, path)]
+        with program.serve("-c", str(path)) as serving:
+            said += serving.lines
+            said += self.session(serving, path)
+            proc = Path(f"/proc/{serving.process.pid}")
+            if proc.is_dir():
+                for name in ("cmdline", "environ"):
+                    said.append((proc / name).read_bytes().decode("latin-1"))
+            run = serving.stop()
+            said += [run.out, run.err]
+        for line in (["--check"], ["accounts", "list"], ["stats"]):
+            run = program.run("-c", str(path), *line)
+            said += [run.out, run.err]
+        said.append((program.folder / "lb.log").read_text())
+        said.append(tables_without_tokens(state / "claude_lb.db"))
+        whole = "\n".join(said)
+        assert issuer.count() >= 1
+        statuses = {text[:4] for text in said}
+        assert {"200 ", "400 ", "401 ", "404 ", "500 "} <= statuses
+        assert '"endpoint": "far", "status": 0' in whole  # through the proxy
+        found = re.findall(r".{0,60}canary.{0,40}", whole)
+        assert not found, found[:5]
+        self.check_files(program.folder, state, path)
+
+    def log_in(self, program: Program, issuer: Issuer, path: Path) -> str:
+        """Log an account in by the program; return what it said."""
+        line = ["-c", str(path), "accounts", "add", "new", "--yes", "--mode", "max"]
+        running = subprocess.Popen(
+            [sys.executable, str(PROGRAM), *line],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=program.folder,
+            env=environment(program.folder),
+        )
+        assert running.stdout is not None
+        said = ""
+        for text in running.stdout:
+            said += text
+            if text.startswith(issuer.url):
+                break
+        code, given, _ = issuer.allow(said.split()[-1])
+        out, _ = running.communicate(f"{code}#{given}\n", timeout=LIMIT_S)
+        assert running.returncode == 0, out
+        return said + out
+
+    def session(self, serving: Serving, path: Path) -> list[str]:
+        """Serve, fail, reload, change, be asked everything; return the answers."""
+        said: list[str] = []
+        line = http.client.HTTPConnection("127.0.0.1", serving.port, timeout=LIMIT_S)
+
+        def ask(method: str, target: str, key: str, body: bytes = b"") -> int:
+            fields = {"x-api-key": key, "content-type": "application/json"}
+            line.request(method, target, body or None, fields)
+            answer = line.getresponse()
+            text = answer.read().decode()
+            direct = target.startswith("/v1/") and answer.status in (401, 500)
+            said.append(f"{answer.status} {answer.getheaders()}")
+            if not direct:  # an upstream's own error is passed on as it is
+                said.append(text)
+            return answer.status
+
+        client, admin = secret("client"), secret("admin")
+        for _ in range(12):
+            ask("POST", "/v1/messages", client, message())
+        ask("POST", "/v1/messages", secret("endpoint"), message())  # no key of ours
+        ask("POST", "/v1/messages", client, b'{"model": 1')
+        ask("GET", "/v1/nowhere", client)
+        views = (*GET_PATHS, "/", "/health", "/api/hello", "/nowhere")
+        for target in views:
+            ask("GET", target, client)
+            ask("GET", target, f"wrong-{client}")
+        ask("GET", f"/api/requests?limit={client}", client)
+        assert ask("POST", "/api/accounts/work/pause", admin) == 200
+        assert ask("POST", "/api/accounts/work/resume", admin) == 200
+        assert ask("POST", "/api/accounts/work/pause", client) == 401
+        good = path.read_text()
+        path.write_text(good.replace('"port": 0', '"port": "x"'))
+        assert ask("POST", "/providers/reload", admin) == 400
+        path.write_text(good)
+        assert ask("POST", "/providers/reload", admin) == 200
+        line.close()
+        return said
+
+    def check_files(self, folder: Path, state: Path, config: Path) -> None:
+        """Secrets of the file stay there; tokens in the database and its backup."""
+        holders = {"claude_lb.db", "claude_lb.db-wal", "claude_lb.db.accounts.json"}
+        for path in (p for p in folder.rglob("*") if p.is_file()):
+            data = path.read_bytes()
+            if path != config and path.name not in holders:
+                assert b"canary" not in data, path
+            if path != config:
+                kept = ("endpoint", "client", "admin", "proxy")
+                assert not any(secret(s).encode() in data for s in kept), path
+        for path in state.iterdir():
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+        assert stat.S_IMODE(state.stat().st_mode) == 0o700
