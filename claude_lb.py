@@ -3589,7 +3589,7 @@ class SseWatch:
         """Learn from events that are whole; hold the last one if it is not."""
         *events, rest = _EVENT_END.split(seen)
         for event in events:
-            if b"message_" in event:
+            if b'"usage"' in event and b"message_" in event:
                 self._events.append(event)
         if len(self._events) > EVENTS_MOST:
             self._read()

@@ -25,6 +25,7 @@ Tests, in the order of the default run:
     memory            idle, per idle keep-alive connection, per open stream
     start             from exec to the first answer
     choosing          what choosing an endpoint costs inside the proxy
+    recording         what an exchange costs until its row is committed
     failover          what an endpoint at fault adds to the time to the first byte
 
 shortN, largeN and sNxR take any numbers.  Each stream must bring every event, in
@@ -39,6 +40,7 @@ import argparse
 import atexit
 import heapq
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -61,6 +63,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
@@ -1189,10 +1192,12 @@ class Target:
 
 DEFAULT_TESTS = (
     "short1,short32,large8,s100x20,s1000x5,"
-    "tls-short1,tls-short32,tls-s100x20,memory,start,choosing,failover"
+    "tls-short1,tls-short32,tls-s100x20,memory,start,choosing,recording,failover"
 )
-QUICK_TESTS = "short1,short32,large8,s100x20,tls-short32,memory,start,choosing,failover"
-OWN_TESTS = "choosing|failover"  # of claude_lb alone
+QUICK_TESTS = (
+    "short1,short32,large8,s100x20,tls-short32,memory,start,choosing,recording,failover"
+)
+OWN_TESTS = "choosing|recording|failover"  # of claude_lb alone
 TEST_NAME = re.compile(
     rf"(tls-)?(?:(short|large)(\d+)|s(\d+)x(\d+)|memory|start)|{OWN_TESTS}"
 )
@@ -1464,11 +1469,17 @@ class Chooser:
         return (time.thread_time() - began) / count * 1e6
 
 
-def choose(path: Path, repetitions: int) -> Iterator[dict[str, Any]]:
-    """Yield what the module at `path` costs: the best of interleaved repetitions."""
+def load_module(path: Path) -> Any:
+    """Return the module at `path`."""
     spec = importlib.util.spec_from_file_location("claude_lb", path)
     lb = sys.modules["claude_lb"] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(lb)  # type: ignore[union-attr]
+    return lb
+
+
+def choose(path: Path, repetitions: int) -> Iterator[dict[str, Any]]:
+    """Yield what the module at `path` costs: the best of interleaved repetitions."""
+    lb = load_module(path)
     for endpoints, goal_us in CHOOSING_GOALS_US.items():
         wanted = choices()
         choosers = [Chooser(lb, next(iter(wanted.values())), 1)]
@@ -1478,6 +1489,78 @@ def choose(path: Path, repetitions: int) -> Iterator[dict[str, Any]]:
         for name, us in zip(wanted, others):
             row = {"choice_us": us, "added_us": us - least, "goal_us": goal_us}
             yield {**row, "name": f"{name}, {endpoints:,}", "problems": {}}
+
+
+# What an exchange costs from its record to the commit of its row: in the relay's thread
+# and in the store's, with what the answer said of its usage still to be read.
+
+RECORDING_GOAL_US = 15.0
+RECORDED = 1000  # at a time: what comes within the store's quarter of a second
+
+
+class Recorder:
+    """The proxy's store on a file of its own, and answers to be recorded."""
+
+    def __init__(self, lb: Any, folder: Path, answer: bytes, *, stream: bool) -> None:
+        self._lb, self._answer, self._stream = lb, answer, stream
+        self._ids = itertools.count()
+        settings = lb.StorageSettings(database=str(folder / "bench.db"))
+        self._store = lb.Store(settings, lb.Log(lb.LogSettings(level="error")))
+        self._store.start()
+
+    def run(self) -> float:
+        """Record RECORDED exchanges; return the CPU microseconds of one."""
+        lb, body = self._lb, request_body(1024, 0)[: self._lb.SMALL_BYTES]
+        watches = []
+        for _ in range(RECORDED):
+            make = (
+                lb.SseWatch
+                if self._stream
+                else partial(lb.JsonWatch, self._lb.Lane.MESSAGES)
+            )
+            watches.append(make())
+            watches[-1].feed(self._answer)
+        began = time.process_time()
+        for watch in watches:
+            facts = ("POST", "/v1/messages", "e0", 200, 1, 1.5, 2.5, 1024, 1024)
+            kept = ("", int(time.time() * 1000), None, None, (), self._stream, "", None)
+            name = f"lb_{next(self._ids):014x}"
+            told = lb.ExchangeRecord(name, *facts, lb.Outcome.OK, *kept, body, watch)
+            self._store.record(told)
+        self._store.flush(60)
+        return (time.process_time() - began) / RECORDED * 1e6
+
+    def close(self) -> None:
+        """End the store's thread."""
+        self._store.stop()
+
+
+def record(path: Path, repetitions: int) -> Iterator[dict[str, Any]]:
+    """Yield what recording costs: the best of interleaved repetitions."""
+    lb = load_module(path)
+    usage = b'{"input_tokens":25,"cache_read_input_tokens":9000,"output_tokens":%d}'
+    message = b'{"id":"msg_1","type":"message","model":"claude-sonnet-5-5","usage":%b}'
+    start = b'event: message_start\ndata: {"type":"message_start","message":%b}\n\n'
+    end = b'event: message_delta\ndata: {"type":"message_delta","usage":%b}\n\n'
+    text = b'event: content_block_delta\ndata: {"delta":{"text":"%b"}}\n\n' % (
+        b"x" * 120
+    )
+    stop = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    whole = message % (usage % 50)
+    events = start % (message % (usage % 1)) + text * 20 + end % (usage % 50) + stop
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = {"an answer": (whole, False), "a stream": (events, True)}
+        recorders = []
+        for place, (answer, stream) in enumerate(kinds.values()):
+            own = Path(folder, str(place))
+            own.mkdir(mode=0o700)
+            recorders.append(Recorder(lb, own, answer, stream=stream))
+        runs = [[r.run() for r in recorders] for _ in range(2 * repetitions)]
+        for recorder in recorders:
+            recorder.close()
+    for name, us in zip(kinds, map(min, zip(*runs))):
+        row = {"choice_us": us, "added_us": us, "goal_us": RECORDING_GOAL_US}
+        yield {**row, "name": name, "problems": {}}
 
 
 # 50 clients stream without a pause, far below what the proxy can carry: short requests
@@ -1569,6 +1652,9 @@ class Bench:
                 self._run_start(test)
             elif test.kind == "choosing":
                 for row in choose(self.proxy, self._scale.repetitions):
+                    self._keep(row, test, row["name"], 0)
+            elif test.kind == "recording":
+                for row in record(self.proxy, self._scale.repetitions):
                     self._keep(row, test, row["name"], 0)
             elif test.kind == "failover":
                 for fault in FAULTS:
