@@ -39,28 +39,29 @@ Contents
     9. ACCESS       who may ask what, decided from the head alone
     10. SSE          what a copy of an event stream tells: complete, failed, at rest
     11. PRICES       what an answer's tokens cost, by a dated table
-    12. SELECTION    strategies, conversations, routes: who may serve, in which order
-    13. FAILOVER     the decision table: what follows when an attempt fails
-    14. LOG          one line per exchange, as text or JSON
-    15. STORE        SQLite: history, its roll-ups, what they say
-    16. ACCOUNTS     stored logins: their rows, their tokens, who renews them
-    17. POOL         live state of the endpoints behind one lock: cooldowns, affinity
-    18. CONNECTIONS  waiting on sockets; the client's side of an exchange
-    19. RELAY        the one thread that waits for bytes; clients between requests
-    20. UPSTREAM     connect, TLS, proxies, idle connections, send, read the head
-    21. ATTEMPT      one request on its way, until its answer may go on
-    22. STREAM       one committed answer on its way to the client
-    23. SHARING      one answer for identical requests
-    24. COMMIT       the answered half of an exchange
-    25. COURSE       what one request asks for, and how far it has come
-    26. EXCHANGE     one client request with its attempts and its answer
-    27. RECEPTION    from a client's bytes to an exchange; answers of our own
-    28. REPORTS      snapshots and tables as JSON and text
-    29. RELOAD       takes over the configuration file when it changes
-    30. SERVER       the listening socket, our own routes, start, drain
-    31. DEMO         two embedded upstreams that speak the Messages API
-    32. SELFTEST     every row of the decision table, tried with scripted upstreams
-    33. CLI          options, commands, start, stop
+    12. TOKENS       how many tokens a request has, where nobody can be asked
+    13. SELECTION    strategies, conversations, routes: who may serve, in which order
+    14. FAILOVER     the decision table: what follows when an attempt fails
+    15. LOG          one line per exchange, as text or JSON
+    16. STORE        SQLite: history, its roll-ups, what they say
+    17. ACCOUNTS     stored logins: their rows, their tokens, who renews them
+    18. POOL         live state of the endpoints behind one lock: cooldowns, affinity
+    19. CONNECTIONS  waiting on sockets; the client's side of an exchange
+    20. RELAY        the one thread that waits for bytes; clients between requests
+    21. UPSTREAM     connect, TLS, proxies, idle connections, send, read the head
+    22. ATTEMPT      one request on its way, until its answer may go on
+    23. STREAM       one committed answer on its way to the client
+    24. SHARING      one answer for identical requests
+    25. COMMIT       the answered half of an exchange
+    26. COURSE       what one request asks for, and how far it has come
+    27. EXCHANGE     one client request with its attempts and its answer
+    28. RECEPTION    from a client's bytes to an exchange; answers of our own
+    29. REPORTS      snapshots and tables as JSON and text
+    30. RELOAD       takes over the configuration file when it changes
+    31. SERVER       the listening socket, our own routes, start, drain
+    32. DEMO         two embedded upstreams that speak the Messages API
+    33. SELFTEST     every row of the decision table, tried with scripted upstreams
+    34. CLI          options, commands, start, stop
 
 Usage
     python3 claude_lb.py --demo
@@ -3302,6 +3303,38 @@ def model_family(model: str) -> str:
     return (found[1] or found[4]) if found else ""
 
 
+def messages_in(request: object) -> list[dict[str, Any]]:
+    """Return a Messages request's messages, checked; raises RefusedError (400)."""
+    messages = request.get("messages") if isinstance(request, dict) else None
+    if not isinstance(messages, list):
+        raise RefusedError(400, "messages: expected a list", close=False)
+    for index, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, (str, list)):
+            words = f"messages.{index}.content: expected a text or a list"
+            raise RefusedError(400, words, close=False)
+    return messages
+
+
+def blocks_of(message: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
+    """Return a message's blocks of one kind; a bare text is a block as well."""
+    content = message["content"]
+    bare = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [b for b in bare if isinstance(b, dict) and b.get("type") == kind]
+
+
+def newest_prompt(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Return where the newest message of a person's is, -1 if there is none.
+
+    A user message that brings a tool's result is not one.
+    """
+    for index in range(len(messages) - 1, -1, -1):
+        message = messages[index]
+        if message.get("role") == "user" and not blocks_of(message, "tool_result"):
+            return index
+    return -1
+
+
 # ============================================================================
 # 9. ACCESS (pure)
 # ============================================================================
@@ -3820,7 +3853,249 @@ def cost_usd(model: str, usage: Usage, at_s: float) -> float | None:
 
 
 # ============================================================================
-# 12. SELECTION (pure)
+# 12. TOKENS (pure)
+# ============================================================================
+#
+# About how many input tokens a request has.  Claude's tokenizer is not public: text is
+# weighed by kinds of characters; what is known to the token (images, the prompt that
+# comes with tools) is counted.  Never for billing.
+# Sources: the API's pages on token counting, vision and prices; third parties' ratios
+# for texts of each kind.
+
+# Byte of UTF-8 -> its kind: a letter, " ", "." digit or sign, c Han or Kana, h Hangul,
+# o other; "-" goes on with a character that has begun.
+_MARKS = bytearray(b"." * 128 + b"-" * 64 + b"o" * 64)
+_MARKS[65:91] = _MARKS[97:123] = b"a" * 26
+_MARKS[9:14], _MARKS[32:33] = b" " * 5, b" "
+_MARKS[0xE3:0xEA], _MARKS[0xEA:0xEE] = b"c" * 7, b"h" * 4
+# Kind -> tokens of a character.  Korean with its spaces has 1.6 characters a token.
+# ".a": a word right behind a sign begins a token of its own.  Fitted: with it prose
+# has 4.0 characters a token, Python 3.3, JSON 2.7; without it code 3.9, JSON 3.6.
+_WEIGHTS = {
+    b"a": 1 / 4.2,
+    b" ": 1 / 4.2,
+    b".": 1 / 2.5,
+    b".a": 1.2,
+    b"h": 1 / 1.45,
+    b"c": 1 / 1.25,
+    b"o": 1 / 2.0,
+}
+_MESSAGE_TOKENS = 4
+_BASE_TOKENS = 7
+_NEWER = (4, 7)  # since then a new tokenizer, and finer images
+_NEW_TOKENIZER = 1.3
+# The prompt that comes with tools: (from version, family, tokens, if a call is forced)
+_TOOL_PROMPTS = (
+    ((5, 0), "sonnet", 354, 474),
+    ((5, 0), "", 286, 406),
+    ((4, 8), "", 290, 410),
+    ((4, 7), "", 675, 804),
+    ((4, 6), "", 497, 589),
+    ((4, 5), "", 496, 588),
+    ((0, 0), "", 313, 315),
+)
+_TILE = 28  # pixels: an image's token is a square of so many
+_IMAGE_TIERS = ((1568, 1568), (2576, 4784))  # longest edge in pixels, most tokens
+_UNSEEN_IMAGE = 1568  # tokens, where its size cannot be read
+_HEADER_CHARACTERS = (64, 32_768, 1_048_576)  # of base64: a JPEG may begin with others
+_JPEG_MARKS = 1000  # before the frame's, looked at
+_PAGE_TOKENS = 2333  # of a PDF, text and picture: 3 pages have about 7,000
+_PAGE_CHARACTERS = 65_536  # of base64, where the pages cannot be counted
+_PDF_CHARACTERS = 4_194_304  # longer ones are not looked through
+_PDF_PAGE = re.compile(rb"/Type[ \t\r\n]{0,3}/Page(?![A-Za-z])")
+_MODEL_VERSION = re.compile(
+    r"claude-(?:([a-z]+)-)?(\d{1,2})(?!\d)(?:[-.](\d{1,2})(?!\d))?(?:-([a-z]+))?"
+)
+
+
+@lru_cache(maxsize=256)
+def _version_of(model: str) -> tuple[tuple[int, int], str]:
+    """Return version and family by a model's name; (0, 0) if it is none of Claude's."""
+    found = _MODEL_VERSION.search(model.lower())
+    if found is None:
+        return (0, 0), ""
+    return (int(found[2]), int(found[3] or 0)), found[1] or found[4] or ""
+
+
+def image_tokens(width: int, height: int, fine: bool) -> int:
+    """Return the tokens of an image of so many pixels; `fine` since Claude 4.7.
+
+    It is scaled down until its longer edge and its tokens are within the limits.
+    """
+    edge, most = _IMAGE_TIERS[fine]
+    long, short = max(width, height), min(width, height)
+    shown = min(long, edge)
+    across, down = -(-shown // _TILE), -(-short * shown // (long * _TILE))
+    if across * down <= most:
+        return across * down
+    # The largest scale that is within has a whole number of tiles along an edge
+    by_long = [n * -(-short * n // long) for n in range(1, across + 1)]
+    by_short = [n * -(-long * n // short) for n in range(1, down + 1)]
+    return max(n for n in by_long + by_short if n <= most)
+
+
+def image_size(data: bytes) -> tuple[int, int] | None:
+    """Return width and height from the first bytes of a PNG, GIF, JPEG or WebP."""
+    size = (0, 0)
+    if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) >= 24:
+        size = struct.unpack(">II", data[16:24])
+    elif data.startswith((b"GIF87a", b"GIF89a")) and len(data) >= 10:
+        size = struct.unpack("<HH", data[6:10])
+    elif data.startswith(b"\xff\xd8"):
+        size = _jpeg_size(data)
+    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
+        size = _webp_size(data)
+    return size if all(size) else None
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    at = 2
+    for _ in range(_JPEG_MARKS):
+        if at + 9 > len(data) or data[at] != 0xFF:
+            break
+        mark = data[at + 1]
+        if 0xC0 <= mark <= 0xCF and mark not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", data[at + 5 : at + 9])
+            return width, height
+        bare = mark == 0x01 or 0xD0 <= mark <= 0xD8  # a mark without a length
+        skipped = 2 if bare else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        at += 1 if mark == 0xFF else skipped  # marks may be filled up with 0xFF
+    return 0, 0
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    if data[12:16] == b"VP8X":
+        width, height = (int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+        return width + 1, height + 1
+    if data[12:16] == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack("<HH", data[26:30])
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _decoded(text: str) -> bytes:
+    """Return what base64 stands for, b"" where it is none."""
+    clean = "".join(text.split()).rstrip("=")
+    try:
+        return base64.b64decode(clean[: len(clean) // 4 * 4])
+    except ValueError:
+        return b""
+
+
+def _base64_in(source: Mapping[str, Any]) -> str:
+    data = source.get("data")
+    return data if source.get("type") == "base64" and isinstance(data, str) else ""
+
+
+def _image(data: str, fine: bool) -> int:
+    for characters in _HEADER_CHARACTERS:
+        size = image_size(_decoded(data[:characters]))
+        if size is not None:
+            return image_tokens(*size, fine)
+    return _UNSEEN_IMAGE
+
+
+def _pdf(data: str) -> int:
+    """Return the tokens of a PDF in base64; one that is elsewhere has a page."""
+    read = _decoded(data) if len(data) <= _PDF_CHARACTERS else b""
+    pages = len(_PDF_PAGE.findall(read)) or len(data) // _PAGE_CHARACTERS
+    return max(1, pages) * _PAGE_TOKENS
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _parts(block: Mapping[str, Any], fine: bool) -> tuple[int, Sequence[Any]]:
+    """Return a block's own tokens, and what has still to be counted of it."""
+    kind, source = block.get("type"), block.get("source")
+    source = source if isinstance(source, dict) else {}
+    if kind == "image":
+        return _image(_base64_in(source), fine), ()
+    if kind == "document":
+        inside = source.get("data" if source.get("type") == "text" else "content")
+        tokens = _pdf(_base64_in(source)) if inside is None else 0
+        return tokens, (block.get("title"), block.get("context"), inside)
+    if kind == "tool_use":
+        return 0, (block.get("name"), _compact(block.get("input")))
+    if kind in ("text", "thinking"):
+        return 0, (block.get(kind),)
+    if kind == "tool_result":
+        return 0, (block.get("content"),)
+    return 0, () if kind == "redacted_thinking" else (_compact(block),)
+
+
+def _gather(content: object, fine: bool, texts: list[str]) -> int:
+    """Put all text of a text, a block or a list of them into `texts`.
+
+    Returns the tokens of what is no text.
+    """
+    waiting, tokens = [content], 0
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            texts.append(item)
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, dict):
+            own, rest = _parts(item, fine)
+            tokens += own
+            waiting += rest
+    return tokens
+
+
+def text_tokens(text: str) -> float:
+    """Return the tokens of a text with the tokenizer before Claude 4.7."""
+    marks = text.encode("utf-8", "surrogatepass").translate(_MARKS)
+    return sum(marks.count(kind) * weight for kind, weight in _WEIGHTS.items())
+
+
+def _tools(request: Mapping[str, Any], texts: list[str]) -> int:
+    """Put definitions of tools into `texts`; return the tokens that come with them."""
+    tools, choice = request.get("tools"), request.get("tool_choice")
+    if not isinstance(tools, list) or not tools:
+        return 0
+    texts.append(_compact(tools))
+    version, family = _version_of(str(request.get("model")))
+    rows = (r for r in _TOOL_PROMPTS if version >= r[0] and r[1] in ("", family))
+    _, _, free, called = next(rows)
+    forced = isinstance(choice, dict) and choice.get("type") in ("any", "tool")
+    return called if forced else free
+
+
+def _estimate(request: Mapping[str, Any]) -> float:
+    messages = messages_in(request)
+    version, family = _version_of(str(request.get("model")))
+    fine, texts = version >= _NEWER, list[str]()
+    tokens = _gather(request.get("system"), fine, texts) + _tools(request, texts)
+    # Older models are not shown the thinking of earlier turns
+    keeps = version >= (4, 5 if family == "opus" else 6)
+    newest = -1 if keeps else newest_prompt(messages)
+    for index, message in enumerate(messages):
+        hidden = blocks_of(message, "thinking") if index < newest else ()
+        hides = {id(block) for block in hidden}
+        content = message["content"]
+        shown = [b for b in content if id(b) not in hides] if hides else content
+        tokens += _MESSAGE_TOKENS + _gather(shown, fine, texts)
+    factor = _NEW_TOKENIZER if fine else 1.0
+    return _BASE_TOKENS + tokens + text_tokens("".join(texts)) * factor
+
+
+def estimate_tokens(body: bytes | bytearray) -> int:
+    """Return about how many input tokens a Messages request has.
+
+    Raises RefusedError (400) where `body` is no such request.  Measured: 6 ms for
+    420 KB of messages.
+    """
+    try:
+        return max(1, round(_estimate(json.loads(body))))
+    except (ValueError, RecursionError):
+        raise RefusedError(400, "the body is no JSON object", close=False) from None
+
+
+# ============================================================================
+# 13. SELECTION (pure)
 # ============================================================================
 #
 # Which endpoints may serve a request, and in which order they are tried.  The
@@ -4121,7 +4396,7 @@ def served_models(config: Config) -> tuple[str, ...]:
 
 
 # ============================================================================
-# 13. FAILOVER (pure)
+# 14. FAILOVER (pure)
 # ============================================================================
 #
 # RULES is the policy: `judge` finds the row for what came, `next_step` says what
@@ -4661,7 +4936,7 @@ def refusal_for(error: UpstreamError, tried: Sequence[Endpoint]) -> RefusedError
 
 
 # ============================================================================
-# 14. LOG
+# 15. LOG
 # ============================================================================
 #
 # Rule: an exchange is one line, written once, when it ends.  Secrets and bodies
@@ -4822,7 +5097,7 @@ class Log:
 
 
 # ============================================================================
-# 15. STORE
+# 16. STORE
 # ============================================================================
 #
 # Rule: history never costs a request.  `record` appends to a deque; one thread
@@ -6163,7 +6438,7 @@ class Store:
 
 
 # ============================================================================
-# 16. ACCOUNTS
+# 17. ACCOUNTS
 # ============================================================================
 #
 # Logins that the user made once, and their tokens.  Facts: RFC 6749, RFC 7636.
@@ -7388,7 +7663,7 @@ class LocalCallback:
 
 
 # ============================================================================
-# 17. POOL
+# 18. POOL
 # ============================================================================
 #
 # Rule: one lock; under it only arithmetic and pure functions.  Check-and-take is
@@ -8242,7 +8517,7 @@ class Pool:
 
 
 # ============================================================================
-# 18. CONNECTIONS
+# 19. CONNECTIONS
 # ============================================================================
 #
 # Rule: every socket is non-blocking.  A thread that must wait does so here, and
@@ -8480,7 +8755,7 @@ class ClientConnection:
 
 
 # ============================================================================
-# 19. RELAY
+# 20. RELAY
 # ============================================================================
 #
 # One thread, one selector: whatever only waits for bytes waits here and holds no
@@ -8769,7 +9044,7 @@ class Relay:
 
 
 # ============================================================================
-# 20. UPSTREAM
+# 21. UPSTREAM
 # ============================================================================
 #
 # http.client owns the connection and its socket.  Its tunnel, send and response path
@@ -9269,7 +9544,7 @@ class Upstreams:
 
 
 # ============================================================================
-# 21. ATTEMPT
+# 22. ATTEMPT
 # ============================================================================
 #
 # One request on a connection, from its first byte to its answer's head.  It runs
@@ -9524,7 +9799,7 @@ class Attempt:
 
 
 # ============================================================================
-# 22. STREAM
+# 23. STREAM
 # ============================================================================
 #
 # One committed answer between an upstream and its client.
@@ -9828,7 +10103,7 @@ class Stream:
 
 
 # ============================================================================
-# 23. SHARING
+# 24. SHARING
 # ============================================================================
 #
 # Identical requests at the same time get one answer (balancing.dedupe): the first,
@@ -10022,7 +10297,7 @@ class Follower:
 
 
 # ============================================================================
-# 24. COMMIT
+# 25. COMMIT
 # ============================================================================
 #
 # The answered half of an exchange: from the first byte to the client on.
@@ -10070,8 +10345,9 @@ class Services(NamedTuple):
     draining: Callable[[], bool]
     #: Has a job done by a worker; raises RuntimeError where none can be had.
     work: Callable[[Callable[[], None]], None]
-    #: Gives the client an error of ours, in the relay's thread.
+    #: Gives the client an error of ours, or an answer, in the relay's thread.
     refuse: Callable[[ClientConnection, ClientRequest, RefusedError], None]
+    answer: Callable[[ClientConnection, ClientRequest, object], None]
     #: Bounds the bodies in memory; a request's is given back here.
     budget: BodyBudget
     #: Knows a client's own retries.
@@ -10287,7 +10563,7 @@ class Commit:
 
 
 # ============================================================================
-# 25. COURSE
+# 26. COURSE
 # ============================================================================
 #
 # What one request asks for, what is sent for it, and how far it has come.  Rule: a
@@ -10502,6 +10778,13 @@ def refusal_after(
     if kept is None and error is not None:
         return refusal_for(error, tried)
     return None
+
+
+def may_estimate(refusal: RefusedError | None, kept: ErrorAnswer | None) -> bool:
+    """Tell whether tokens may be counted here: nobody answered, or nobody can count."""
+    if refusal is not None:
+        return refusal.status in (408, 429, 502, 503)
+    return kept is None or kept.answer.status in (404, 405, 501)
 
 
 class Aside:
@@ -10734,7 +11017,7 @@ class Following(Sharer):
 
 
 # ============================================================================
-# 26. EXCHANGE
+# 27. EXCHANGE
 # ============================================================================
 #
 # One client request with its attempts and its answer: reserve, attempt, judge,
@@ -10996,6 +11279,42 @@ class _Waiting(_Ledger):
         self._services.relay.leave(self)
         self._end(ending)
 
+    def _estimate(self, refusal: RefusedError | None) -> None:
+        """Have a worker count the tokens; `refusal` is told where it can't."""
+        self._watch_client()
+        services, body = self._services, self._request.body
+
+        def count() -> None:
+            try:
+                told: int | RefusedError = estimate_tokens(body)
+            except RefusedError as error:
+                told = refusal or error
+            except Exception:  # noqa: BLE001 - a bug of ours costs one request
+                services.log.fault(f"{self._request.id} a fault of the proxy")
+                told = refusal or RefusedError(500, "a fault of the proxy", close=False)
+            services.relay.tell(partial(self._estimated, told))
+
+        try:
+            services.work(count)
+        except RuntimeError as error:
+            self.broken(str(error))
+
+    @_guarded
+    def _estimated(self, told: int | RefusedError) -> None:
+        """Give the client the estimate, or the reason why there is none."""
+        services, request = self._services, self._request
+        services.relay.leave(self)
+        if self._over:
+            return
+        if isinstance(told, RefusedError):
+            self._end(Ending(told.status, Outcome.UPSTREAM_ERROR, told.message))
+            services.refuse(self._client, request, told)
+            return
+        self._end(Ending(200, Outcome.OK, "estimated here: nobody could be asked"))
+        line = b"x-claude-lb-estimate: 1\r\n"
+        request = request._replace(answer_fields=request.answer_fields + line)
+        services.answer(self._client, request, {"input_tokens": told})
+
     def _may_renew(self) -> bool:
         """Tell whether the attempt's credential can be exchanged for a fresh one."""
         tried, renewed = self._course.tried[-1], self._course.renewed
@@ -11192,6 +11511,9 @@ class Exchange(_Waiting):
         services, tried = self._services, self._course.tried
         services.repeats.remember(self._request.body, services.relay.now)
         refusal = refusal_after(error, self._aside.kept, tried, self._ask, services)
+        if self._lane is Lane.COUNT and may_estimate(refusal, self._aside.kept):
+            self._estimate(refusal)
+            return
         kept = self._aside.take() if refusal is None else None
         if kept is not None:
             answer = kept.answer
@@ -11315,7 +11637,7 @@ class Exchange(_Waiting):
 
 
 # ============================================================================
-# 27. RECEPTION
+# 28. RECEPTION
 # ============================================================================
 #
 # From a client's bytes to an exchange, in the relay's thread; and what we answer
@@ -11651,9 +11973,7 @@ class Reception:
         self, client: ClientConnection, request: ClientRequest, refusal: RefusedError
     ) -> None:
         """Give a client an error of ours instead of an endpoint's answer."""
-        keep = request.head.keep_alive and not (
-            self._services.draining() or refusal.close
-        )
+        keep = self._keeps(request) and not refusal.close
         answer = error_answer(
             refusal,
             request_id=request.id,
@@ -11661,6 +11981,27 @@ class Reception:
             fields=request.answer_fields,
             keep=keep,
         )
+        self._give(client, answer, keep=keep)
+
+    def answer(
+        self, client: ClientConnection, request: ClientRequest, document: object
+    ) -> None:
+        """Give a client an answer of ours instead of an endpoint's."""
+        keep = self._keeps(request)
+        answer = own_answer(
+            200,
+            document,
+            request_id=request.id,
+            head=request.head,
+            fields=request.answer_fields,
+            keep=keep,
+        )
+        self._give(client, answer, keep=keep)
+
+    def _keeps(self, request: ClientRequest) -> bool:
+        return request.head.keep_alive and not self._services.draining()
+
+    def _give(self, client: ClientConnection, answer: bytes, *, keep: bool) -> None:
         try:
             whole = client.send_some(answer) == len(answer)
         except ClientGoneError:
@@ -11674,7 +12015,7 @@ class Reception:
 
 
 # ============================================================================
-# 28. REPORTS (pure)
+# 29. REPORTS (pure)
 # ============================================================================
 #
 # Snapshots as the JSON documents of /health, /status and /providers.  Their shapes
@@ -12311,7 +12652,7 @@ def _window_document(
 
 
 # ============================================================================
-# 29. RELOAD
+# 30. RELOAD
 # ============================================================================
 #
 # Rule: a file is read and checked whole before anything of it counts; one at fault
@@ -12418,7 +12759,7 @@ class Reloader:
 
 
 # ============================================================================
-# 30. SERVER
+# 31. SERVER
 # ============================================================================
 #
 # http.server gives the socket, the names and the frame of a handler; the reading of
@@ -13301,6 +13642,7 @@ class Server(http.server.ThreadingHTTPServer):
             draining=self.draining,
             work=self.workers.submit,
             refuse=self._refuse,
+            answer=self._give,
             budget=self.budget,
             repeats=Repeats(),
             shares={},
@@ -13373,6 +13715,11 @@ class Server(http.server.ThreadingHTTPServer):
         self, client: ClientConnection, request: ClientRequest, refusal: RefusedError
     ) -> None:
         self.reception.refuse(client, request, refusal)
+
+    def _give(
+        self, client: ClientConnection, request: ClientRequest, document: object
+    ) -> None:
+        self.reception.answer(client, request, document)
 
     def _serve_in_worker(self, client: ClientConnection) -> None:
         """Serve a request in a worker's thread."""
@@ -13477,7 +13824,7 @@ def _turn_away(sock: socket.socket, message: str) -> None:
 
 
 # ============================================================================
-# 31. DEMO
+# 32. DEMO
 # ============================================================================
 #
 # Upstreams to try the proxy on, without a key or a network.  They answer what a
@@ -13727,7 +14074,7 @@ class DemoUpstream(http.server.ThreadingHTTPServer):
 
 
 # ============================================================================
-# 32. SELFTEST
+# 33. SELFTEST
 # ============================================================================
 #
 # The decision table, tried on the proxy as it serves, with upstreams that misbehave
@@ -14297,7 +14644,7 @@ def matrix_lines(trials: Sequence[Trial]) -> Iterator[str]:
 
 
 # ============================================================================
-# 33. CLI
+# 34. CLI
 # ============================================================================
 #
 # The only place that reads arguments, the environment and configuration files,

@@ -12842,7 +12842,8 @@ class TestCooldowns:
 
         proxy, *_ = over(lab, answering, answering)
         for _ in range(3):
-            assert proxy.ask("POST", COUNT_TOKENS, message()).status == status
+            answer = proxy.ask("POST", COUNT_TOKENS, message())
+            assert answer.status == (200 if status == 404 else status)  # an estimate
         assert [rules(proxy, name) for name in states(proxy)] == [[], []]
         assert served(proxy, 4) == ["up0", "up1", "up0", "up1"]
 
@@ -19149,3 +19150,452 @@ class TestCanary:
         for path in state.iterdir():
             assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
         assert stat.S_IMODE(state.stat().st_mode) == 0o700
+
+
+# ============================================================================
+# TOKENS
+# ============================================================================
+
+OLD, NEW = "claude-sonnet-4-5", "claude-opus-5-5"
+
+
+def png(width: int, height: int) -> bytes:
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR"
+    return head + struct.pack(">II", width, height) + b"\x08\x02\0\0\0" + b"\0" * 20
+
+
+def gif(width: int, height: int) -> bytes:
+    return b"GIF89a" + struct.pack("<HH", width, height) + b"\0" * 20
+
+
+def jpeg(width: int, height: int, before: bytes = b"") -> bytes:
+    frame = struct.pack(">BHHB", 8, height, width, 3)
+    return (
+        b"\xff\xd8" + before + b"\xff\xc2" + struct.pack(">H", 17) + frame + b"\1" * 9
+    )
+
+
+def segment(mark: int, content: bytes) -> bytes:
+    return bytes((0xFF, mark)) + struct.pack(">H", len(content) + 2) + content
+
+
+def riff(kind: bytes, content: bytes) -> bytes:
+    return b"RIFF\x99\0\0\0WEBP" + kind + b"\x99\0\0\0" + content + b"\0" * 20
+
+
+def webp_lossy(width: int, height: int) -> bytes:
+    return riff(b"VP8 ", b"\0\0\0\x9d\x01\x2a" + struct.pack("<HH", width, height))
+
+
+def webp_lossless(width: int, height: int) -> bytes:
+    bits = (width - 1) | (height - 1) << 14
+    return riff(b"VP8L", b"\x2f" + struct.pack("<I", bits))
+
+
+def webp_extended(width: int, height: int) -> bytes:
+    sizes = [(n - 1).to_bytes(3, "little") for n in (width, height)]
+    return riff(b"VP8X", b"\0" * 4 + b"".join(sizes))
+
+
+FORMATS: list[Callable[[int, int], bytes]] = [
+    png,
+    gif,
+    jpeg,
+    webp_lossy,
+    webp_lossless,
+    webp_extended,
+]
+CHECKS = [
+    (200, 200, 64, 64),
+    (1000, 1000, 1296, 1296),
+    (1092, 1092, 1521, 1521),
+    (1920, 1080, 1560, 2691),
+    (3840, 2160, 1560, 4784),
+]
+
+
+def body(content: Any, model: str = OLD, **more: Any) -> bytes:
+    messages = [{"role": "user", "content": content}]
+    request = {"model": model, "max_tokens": 9, "messages": messages, **more}
+    return json.dumps(request).encode()
+
+
+def encoded(data: bytes) -> dict[str, str]:
+    text = base64.b64encode(data).decode()
+    return {"type": "base64", "media_type": "image/png", "data": text}
+
+
+def image(data: bytes) -> dict[str, Any]:
+    return {"type": "image", "source": encoded(data)}
+
+
+FRAME = claude_lb.estimate_tokens(body([]))  # base and one message
+
+
+class TestImages:
+    @pytest.mark.parametrize(("width", "height", "old", "new"), CHECKS)
+    def test_published_checks(
+        self, width: int, height: int, old: int, new: int
+    ) -> None:
+        for w, h in ((width, height), (height, width)):
+            assert claude_lb.image_tokens(w, h, fine=False) == old
+            assert claude_lb.image_tokens(w, h, fine=True) == new
+
+    @pytest.mark.parametrize("make", FORMATS)
+    @pytest.mark.parametrize(("width", "height", "old", "new"), CHECKS)
+    def test_whole_request(
+        self, make: Any, width: int, height: int, old: int, new: int
+    ) -> None:
+        block = [image(make(width, height))]
+        assert claude_lb.estimate_tokens(body(block)) - FRAME == old
+        assert claude_lb.estimate_tokens(body(block, NEW)) - FRAME == new
+
+    @pytest.mark.parametrize("make", FORMATS)
+    def test_size_in_header(self, make: Any) -> None:
+        assert claude_lb.image_size(make(1, 16383)) == (1, 16383)
+        assert claude_lb.image_size(make(640, 481)) == (640, 481)
+
+    @pytest.mark.parametrize("make", FORMATS)
+    def test_every_cut_of_a_header(self, make: Any) -> None:
+        whole = make(640, 480)
+        for end in range(len(whole)):
+            assert claude_lb.image_size(whole[:end]) in (None, (640, 480))
+
+    def test_noise_is_no_image(self) -> None:
+        noise = random.Random(7)
+        for start in (b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF1234WEBPVP8X"):
+            for _ in range(200):
+                claude_lb.image_size(start + noise.randbytes(noise.randrange(64)))
+
+    def test_jpeg_with_much_before_the_frame(self) -> None:
+        exif = segment(0xE1, b"Exif" + b"\xff\xc0" * 30_000)
+        tables = segment(0xC4, b"1" * 30) + b"\xff" * 5 + segment(0xDB, b"2" * 65)
+        made = jpeg(1000, 1000, exif * 5 + tables + b"\xff\x01\xff\xd0")
+        assert claude_lb.image_size(made) == (1000, 1000)
+        assert claude_lb.estimate_tokens(body([image(made)])) - FRAME == 1296
+
+    def test_limits_hold_for_all_shapes(self) -> None:
+        shapes = random.Random(3)
+        for _ in range(3000):
+            w, h = shapes.randrange(1, 9000), shapes.randrange(1, 9000)
+            old, new = (
+                claude_lb.image_tokens(w, h, False),
+                claude_lb.image_tokens(w, h, True),
+            )
+            assert 1 <= old <= 1568
+            assert old <= new <= 4784
+            assert old == claude_lb.image_tokens(h, w, False)
+
+    def test_far_ends(self) -> None:
+        assert claude_lb.image_tokens(1, 1, False) == 1
+        assert claude_lb.image_tokens(2**32 - 1, 1, True) == 92
+        assert claude_lb.image_size(png(0, 5)) is None
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            {"type": "url", "url": "https://a.example/a.png"},
+            {"type": "file", "file_id": "file_1"},
+            {"type": "base64", "data": "not base64 \u00e9"},
+            {"type": "base64", "data": "AAAA" * 100},
+            {"type": "base64", "data": 5},
+            None,
+        ],
+    )
+    def test_unseen_image_counts_as_a_large_one(self, source: Any) -> None:
+        block = [{"type": "image", "source": source}]
+        assert claude_lb.estimate_tokens(body(block)) - FRAME == 1568
+
+    def test_in_a_result_and_with_line_ends(self) -> None:
+        block = image(png(1000, 1000))
+        data = block["source"]["data"]
+        block["source"]["data"] = "\n".join(data[i : i + 9] for i in range(0, 80, 9))
+        result = {"type": "tool_result", "tool_use_id": "t", "content": [block]}
+        assert claude_lb.estimate_tokens(body([result])) - FRAME == 1296
+
+
+PROSE = "The harbour was quiet that morning, and nobody had seen the boats leave. "
+CODE = """    def read(self, path: str) -> dict[str, int]:
+        with open(path, "rb") as file:
+            return {name: len(rows[0]) for name, rows in self.parse(file)}
+
+"""
+DATA = '{"id": 4711, "name": "widget", "tags": ["a", "b"], "ok": true, "at": 12.5}, '
+MARKDOWN = """## Set up
+
+Run `make all` in **each** folder before the first start, then look at the
+[notes](notes.md) for what differs between systems.
+
+* The server needs a port that is free, 8080 by default.
+* Logs go to `logs/`, one file a day.
+
+"""
+KOREAN = "오늘 아침 항구는 조용했고 배가 떠나는 것을 본 사람은 없었다. "
+
+
+class TestTokenText:
+    @pytest.mark.parametrize(
+        ("text", "each"),
+        [
+            ("abc defG\n\t", 4.2),
+            ('{"1,2}', 2.5),
+            ("한", 1.45),
+            ("漢かカ", 1.25),
+            ("éя€", 2),
+        ],
+    )
+    def test_pure_classes(self, text: str, each: float) -> None:
+        whole = text * 1000
+        assert claude_lb.text_tokens(whole) == pytest.approx(len(whole) / each)
+
+    @pytest.mark.parametrize(
+        ("text", "each"),
+        [(PROSE, 4.2), (MARKDOWN, 3.5), (CODE, 3.1), (DATA, 2.5), (KOREAN, 1.6)],
+    )
+    def test_kinds_of_text_within_15_percent(self, text: str, each: float) -> None:
+        whole = text * 50
+        assert claude_lb.text_tokens(whole) == pytest.approx(
+            len(whole) / each, rel=0.15
+        )
+
+    def test_one_letter(self) -> None:
+        assert claude_lb.estimate_tokens(body("a")) in range(8, 13)
+
+    def test_newer_tokenizer(self) -> None:
+        old = claude_lb.estimate_tokens(body("word " * 10_000))
+        for name in (NEW, "claude-opus-4-7", "anthropic/claude-opus-4.8"):
+            new = claude_lb.estimate_tokens(body("word " * 10_000, name))
+            assert new == pytest.approx(old * 1.3, rel=0.01)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "claude-opus-4-20250514",
+            "claude-3-5-sonnet-20241022",
+            "claude-haiku-4-5@20251001",
+            "us.anthropic.claude-sonnet-4-6-v1:0",
+            "gpt-5",
+            "",
+        ],
+    )
+    def test_older_tokenizer(self, name: str) -> None:
+        text = "word " * 1000
+        assert claude_lb.estimate_tokens(body(text, name)) == claude_lb.estimate_tokens(
+            body(text)
+        )
+
+    def test_lone_surrogate(self) -> None:
+        assert claude_lb.estimate_tokens(body("\ud83d")) > 0
+
+
+class TestRequests:
+    def test_all_text_counts(self) -> None:
+        word = "x" * 420
+        forms: list[Any] = [
+            word,
+            [{"type": "text", "text": word, "cache_control": {"type": "ephemeral"}}],
+            [{"type": "tool_result", "tool_use_id": "t", "content": word}],
+            [{"type": "tool_result", "content": [{"type": "text", "text": word}]}],
+            [{"type": "document", "source": {"type": "text", "data": word}}],
+            [{"type": "document", "source": {"type": "content", "content": word}}],
+            [{"type": "thinking", "thinking": word, "signature": "S" * 900}],
+        ]
+        for form in forms:
+            assert claude_lb.estimate_tokens(body(form)) - FRAME == 100
+        assert claude_lb.estimate_tokens(body([], system=word)) - FRAME == 100
+        system = [{"type": "text", "text": word}]
+        assert claude_lb.estimate_tokens(body([], system=system)) - FRAME == 100
+
+    def test_calls_and_unknown_blocks_count_as_json(self) -> None:
+        call = {
+            "type": "tool_use",
+            "id": "t",
+            "name": "Read",
+            "input": {"p": "a" * 420},
+        }
+        assert 100 < claude_lb.estimate_tokens(body([call])) - FRAME < 112
+        # An input that looks like a block is none
+        call["input"] = {"type": "image", "source": {"type": "base64"}}
+        assert claude_lb.estimate_tokens(body([call])) - FRAME < 60
+        found = {"type": "search_result", "title": "a" * 420}
+        assert 100 < claude_lb.estimate_tokens(body([found])) - FRAME < 120
+        hidden = {"type": "redacted_thinking", "data": "Z" * 4000}
+        assert claude_lb.estimate_tokens(body([hidden])) == FRAME
+
+    def test_each_message_adds_four(self) -> None:
+        messages = [{"role": "user", "content": ""}] * 10
+        request = json.dumps({"model": OLD, "messages": messages}).encode()
+        assert claude_lb.estimate_tokens(request) == 7 + 40
+
+    @pytest.mark.parametrize(
+        ("model", "free", "forced"),
+        [
+            ("claude-opus-5-5", 286, 406),
+            ("claude-opus-5", 286, 406),
+            ("claude-opus-4-8", 290, 410),
+            ("claude-opus-4-7", 675, 804),
+            ("claude-opus-4-6", 497, 589),
+            ("claude-sonnet-4-6", 497, 589),
+            ("claude-opus-4-5", 496, 588),
+            ("claude-haiku-4-5-20251001", 496, 588),
+            ("claude-sonnet-5", 354, 474),
+            ("claude-opus-4-1", 313, 315),
+            ("claude-sonnet-4-20250514", 313, 315),
+        ],
+    )
+    def test_prompt_for_tools(self, model: str, free: int, forced: int) -> None:
+        tools = [{"name": "t"}]
+        definition = claude_lb.text_tokens('[{"name":"t"}]')
+        definition *= (
+            1.3 if claude_lb.estimate_tokens(body("a " * 99, model)) > 65 else 1.0
+        )
+        given = {"auto": free, "none": free, "any": forced, "tool": forced, "": free}
+        for choice, tokens in given.items():
+            more = {"tool_choice": {"type": choice}} if choice else {}
+            got = (
+                claude_lb.estimate_tokens(body([], model, tools=tools, **more)) - FRAME
+            )
+            assert got == round(tokens + definition)
+        assert claude_lb.estimate_tokens(body([], model, tools=[])) == FRAME
+
+    def test_definitions_of_tools_count(self) -> None:
+        one = [{"name": "t", "description": "d" * 420, "input_schema": {}}]
+        less = [{"name": "t", "description": "", "input_schema": {}}]
+        more = claude_lb.estimate_tokens(body([], tools=one))
+        assert more - claude_lb.estimate_tokens(body([], tools=less)) in range(98, 103)
+
+    def test_pdf_by_pages(self) -> None:
+        pages = b"<</Type /Pages /Count 3>>" + b"<</Type/Page /Parent 1 0 R>>" * 3
+        block = {"type": "document", "source": encoded(b"%PDF-1.7\n" + pages)}
+        assert claude_lb.estimate_tokens(body([block])) - FRAME == 3 * 2333
+
+    def test_pdf_by_length_where_pages_are_packed(self) -> None:
+        for size, pages in ((1000, 1), (500_000, 10), (6_000_000, 122)):
+            block = {"type": "document", "source": encoded(b"%PDF" + b"\0" * size)}
+            assert claude_lb.estimate_tokens(body([block])) - FRAME == pages * 2333
+
+    def test_document_elsewhere_is_a_page(self) -> None:
+        block = {"type": "document", "source": {"type": "url", "url": "https://a"}}
+        assert claude_lb.estimate_tokens(body([block])) - FRAME == 2333
+
+    def test_thinking_of_earlier_turns(self) -> None:
+        thought = {"type": "thinking", "thinking": "t" * 4200, "signature": "s"}
+        call = {"type": "tool_use", "id": "t", "name": "R", "input": {}}
+        result = {"type": "tool_result", "tool_use_id": "t", "content": "r"}
+        earlier: Any = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": [thought, {"type": "text", "text": "b"}]},
+            {"role": "user", "content": "c"},
+        ]
+        now: Any = [
+            *earlier[::2],
+            {"role": "assistant", "content": [thought, call]},
+            {"role": "user", "content": [result]},
+        ]
+
+        def count(model: str, messages: list[dict[str, Any]]) -> int:
+            request = {"model": model, "messages": messages}
+            return claude_lb.estimate_tokens(json.dumps(request).encode())
+
+        assert count("claude-sonnet-4-5", earlier) < 100
+        assert count("claude-opus-4-5", earlier) > 1000
+        assert count("claude-sonnet-4-6", earlier) > 1000
+        assert count("claude-sonnet-4-5", now) > 1000
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            b"",
+            b"\xff\xfe",
+            b"[]",
+            b"5",
+            b"{}",
+            b'{"messages": {}}',
+            b'{"messages": [5]}',
+            b'{"messages": [{"role": "user"}]}',
+            b'{"messages": [{"role": "user", "content": 5}]}',
+            b'{"messages": ' + b"[" * 100_000,
+        ],
+    )
+    def test_what_cannot_be_estimated_is_refused(self, bad: bytes) -> None:
+        with pytest.raises(claude_lb.RefusedError) as refused:
+            claude_lb.estimate_tokens(bad)
+        assert refused.value.status == 400
+        assert not refused.value.close
+
+    def test_fault_names_its_place(self) -> None:
+        bad = b'{"messages": [{"role": "user", "content": ""}, {"role": "user"}]}'
+        with pytest.raises(claude_lb.RefusedError, match=r"^messages\.1\.content: "):
+            claude_lb.estimate_tokens(bad)
+
+    def test_odd_blocks_are_no_fault(self) -> None:
+        odd: Any
+        for odd in ([5, None, {}, [], {"type": 7}, {"type": ["a"]}], [[["a"]]], ["a"]):
+            assert claude_lb.estimate_tokens(body(odd)) >= FRAME
+        for odd in ("x", 5, [5], {"a": 1}):
+            assert claude_lb.estimate_tokens(body("a", tools=odd, system=odd)) >= FRAME
+
+    def test_deep_nesting(self) -> None:
+        block: Any = "a" * 42
+        for _ in range(300):
+            block = [{"type": "tool_result", "content": block}]
+        assert claude_lb.estimate_tokens(body(block)) == FRAME + 10
+
+
+class TestPrompts:
+    def test_newest_prompt(self) -> None:
+        result = {"role": "user", "content": [{"type": "tool_result", "content": "r"}]}
+        asked, answered = (
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        )
+        assert claude_lb.newest_prompt([]) == -1
+        assert claude_lb.newest_prompt([answered, result]) == -1
+        assert claude_lb.newest_prompt([asked, answered, result, answered]) == 0
+        assert claude_lb.newest_prompt([asked, answered, asked, answered, result]) == 2
+
+
+class TestEstimatesOverSockets:
+    """R29: a machine without a network gets an estimate, not an error."""
+
+    BODY = message(model="claude-sonnet-5-5")
+
+    def count(self, proxy: Proxy, body: bytes | None = None) -> Answer:
+        return proxy.ask("POST", COUNT_TOKENS, self.BODY if body is None else body)
+
+    def test_r29_nobody_can_be_reached(self, lab: Lab) -> None:
+        answer = self.count(lab.proxy(lab.refusing(), lab.refusing()))
+        assert answer.status == 200
+        assert answer.field("x-claude-lb-estimate") == "1"
+        expected = claude_lb.estimate_tokens(self.BODY)
+        assert answer.json() == {"input_tokens": expected}
+
+    @pytest.mark.parametrize("status", [404, 405, 501])
+    def test_an_endpoint_that_does_not_count(self, lab: Lab, status: int) -> None:
+        proxy, *_ = over(lab, says(status))
+        answer = self.count(proxy)
+        assert (answer.status, answer.field("x-claude-lb-estimate")) == (200, "1")
+
+    def test_who_counts_is_asked(self, lab: Lab) -> None:
+        counted = says(200, b'{"input_tokens": 7}')
+        proxy, up = over(lab, counted)
+        answer = self.count(proxy)
+        assert answer.json() == {"input_tokens": 7}
+        assert answer.values("x-claude-lb-estimate") == []
+        assert calls(up) == [1]
+
+    @pytest.mark.parametrize("status", [400, 401, 403, 413])
+    def test_an_error_of_the_request_s_is_passed_on(
+        self, lab: Lab, status: int
+    ) -> None:
+        proxy, *_ = over(lab, says(status))
+        assert self.count(proxy).status == status
+
+    def test_what_is_no_request_gets_the_error(self, lab: Lab) -> None:
+        proxy = lab.proxy(lab.refusing())
+        own_error(self.count(proxy, b'{"model": "m"}'), 502, "api_error")
+
+    def test_messages_are_never_answered_by_us(self, lab: Lab) -> None:
+        answer = lab.proxy(lab.refusing()).post()
+        assert answer.status == 502
+        assert answer.values("x-claude-lb-estimate") == []
