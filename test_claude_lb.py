@@ -6554,6 +6554,7 @@ class TestStreaming:
             assert client.rest() == STOP
 
 
+@at_both_ends
 class TestStreamingLimits:
     def test_slow_client_makes_the_proxy_stop_reading_its_upstream(
         self, lab: Lab
@@ -6707,6 +6708,7 @@ class TestStreamingLimits:
         assert (row["ended"], row["attempts"]) == ("upstream_error", 1)
 
 
+@at_both_ends
 class TestStreamingHangUps:
     """The client hangs up, and the upstream's connection is closed at once."""
 
@@ -6944,6 +6946,7 @@ def check_502(proxy: Proxy, *, retry: bool | None = None) -> str:
     return told
 
 
+@at_both_ends
 class TestFaultMatrixConnection:
     def test_row_1_refused_connection_goes_to_the_next_endpoint(self, lab: Lab) -> None:
         check_failed_over(lab.proxy(lab.refusing(), lab.upstream()))
@@ -7250,6 +7253,7 @@ BAD_FRAMING = {
 BAD_CHUNKS = [b"0x5", b"1_0", b"-1", b"+5", b"5 5", b"", b"g", b"\xb2", b"f" * 17]
 
 
+@at_both_ends
 class TestFaultMatrixAnswer:
     @pytest.mark.parametrize(
         "tail",
@@ -7529,6 +7533,7 @@ class TestFaultMatrixAnswer:
         proxy.rows(1)
 
 
+@at_both_ends
 class TestFaultMatrixClient:
     def test_row_46_twenty_clients_vanish_while_the_upstream_is_silent(
         self, lab: Lab
@@ -10182,6 +10187,7 @@ class TestCliStart:
             assert serving.stop().code == 0
 
 
+@at_both_ends
 class TestCliStop:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_ends_it_well(
@@ -12086,6 +12092,7 @@ def broken_table(name: str, verdict: claude_lb.Verdict) -> tuple[claude_lb.Rule,
     )
 
 
+@at_both_ends
 class TestSelftest:
     @at_both_ends
     def test_all_is_well(self) -> None:
@@ -12297,6 +12304,7 @@ def check_relayed(answer: Answer, status: int, body: bytes = b"") -> None:
     assert (answer.status, answer.body) == (status, body or error_body(status)), answer
 
 
+@at_both_ends
 class TestFailover:
     @pytest.mark.parametrize(
         ("status", "text", "details", "fields", "rule"),
@@ -12593,6 +12601,7 @@ def spoils(whole: bytes, size: int) -> Answering:
     return answering
 
 
+@at_both_ends
 class TestGate:
     @pytest.mark.parametrize("size", [1, 10_000])
     @pytest.mark.parametrize("prefix", [b"", START + PING_EVENT, b": hello\n\n"])
@@ -12737,6 +12746,7 @@ class TestGate:
 # -- 9. cooldowns and recovery ---------------------------------------------
 
 
+@at_both_ends
 class TestCooldowns:
     def test_a_cooled_endpoint_gets_nothing_then_probes(self, lab: Lab) -> None:
         go = [lab.gate(), lab.gate()]
@@ -13147,6 +13157,7 @@ class OnFile(Proxy):
         return change(self, "/providers/reload")
 
 
+@at_both_ends
 class TestReload:
     def test_what_stays_keeps_its_state_and_its_connections(self, lab: Lab) -> None:
         wires: list[Wire] = []
@@ -13904,6 +13915,7 @@ def explained(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     return out.splitlines()
 
 
+@at_both_ends
 class TestExplain:
     def test_the_table_has_every_row(self, capsys: pytest.CaptureFixture[str]) -> None:
         title, *lines = explained(capsys)
@@ -13959,6 +13971,7 @@ def awaited(serving: Any, *names: str, faulty: bool = False) -> str:
     return str(eventually(shows, f"{names}, faulty: {faulty}")["reload_faults"])
 
 
+@at_both_ends
 class TestCliReload:
     def test_sighup_reads_the_file_again(
         self, program: Program, closed_port: int
