@@ -6,7 +6,8 @@ Life of a request
     for us goes to a Handler, in a worker) -> parse_request_head -> Access.admit
     -> Upload -> Exchange.start -> Pool.reserve -> Upstreams.take, or connect in a
     worker -> Attempt -> hold_for (errors and first events are looked at) -> judge,
-    Course.step: another attempt, or Commit, Stream -> Pool.settle, one log line.
+    Course.step: another attempt, or Commit, Stream -> Pool.settle, one log line,
+    Store.record.
 
     The moment the first answer byte goes to the client is the commit.  Before it
     another endpoint may still serve the request; after it nothing is replayed.
@@ -17,26 +18,30 @@ Threads
                 being passed on.
     workers     Workers: what may block: DNS, connecting, TLS, chunked requests,
                 answers of our own.  They come back by Relay.tell.
-    reload      Reloader: looks at the configuration file, reads it anew.
+    reload      Reloader: looks at the configuration file and the accounts, reads
+                them anew.
+    store       Store: writes the history, in batches.
     Every socket is non-blocking and belongs to the relay or to one worker.  Both
     watch the client, so that a hang-up is noticed in every phase.
 
 Locks and clocks
     Pool._lock guards the live state of all endpoints; Workers._lock the count of
-    idle threads; BodyBudget._lock the bytes held; Log._lock the order of lines.
-    None is held across I/O (but for Log's one write), none while another is.
+    idle threads; BodyBudget._lock the bytes held; Log._lock the order of lines;
+    _AccountTable._lock the accounts known, Renewer._lock the renewals under way,
+    _Place._lock a history in memory.  None is held across I/O (but for Log's one write
+    and that history), none while another is.
     Durations are monotonic (`_s`, `_since`), records are epoch (`_at`).
 
 Contents
-    1. CONSTANTS    names, limits, defaults: each with its unit and source
-    2. ERRORS       whose fault, in which phase, and the error envelope
-    3. MODEL        frozen values: configuration, heads, requests, records
-    4. FOREIGN      the files of two other balancers, in our terms
-    5. CONFIG       text -> Config; every fault with its JSON path
-    6. HTTP         strict heads, header rules, credentials, stated limits
-    7. BODIES       framing of bodies: length, chunks, end of connection
-    8. JSON         single values of a body, found without parsing the rest
-    9. ACCESS       who may ask what, decided from the head alone
+    1. CONSTANTS     names, limits, defaults: each with its unit and source
+    2. ERRORS        whose fault, in which phase, and the error envelope
+    3. MODEL         frozen values: configuration, heads, requests, records
+    4. FOREIGN       the files of two other balancers, in our terms
+    5. CONFIG        text -> Config; every fault with its JSON path
+    6. HTTP          strict heads, header rules, credentials, stated limits
+    7. BODIES        framing of bodies: length, chunks, end of connection
+    8. JSON          single values of a body, found without parsing the rest
+    9. ACCESS        who may ask what, decided from the head alone
     10. SSE          what a copy of an event stream tells: complete, failed, at rest
     11. PRICES       what an answer's tokens cost, by a dated table
     12. TOKENS       how many tokens a request has, where nobody can be asked
@@ -67,6 +72,8 @@ Usage
     python3 claude_lb.py --demo
     python3 claude_lb.py -c endpoints.json
     python3 claude_lb.py -c endpoints.json --check
+    python3 claude_lb.py accounts add NAME
+    python3 claude_lb.py stats --range 24h
     python3 claude_lb.py explain --status 429 --header 'retry-after: 20'
     python3 claude_lb.py selftest
 """
@@ -14648,7 +14655,8 @@ def matrix_lines(trials: Sequence[Trial]) -> Iterator[str]:
 # ============================================================================
 #
 # The only place that reads arguments, the environment and configuration files,
-# prints, and ends the process.  Exit codes: 0 fine, 2 cannot start.
+# prints, and ends the process.  Exit codes: 0 fine, 1 no (an unknown name, a failed
+# check), 2 cannot start.
 
 
 class _Parser(argparse.ArgumentParser):
