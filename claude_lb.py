@@ -1052,7 +1052,8 @@ _PROVIDER = """
     auth_value   text     authToken
     enabled      flag     enabled
     proxy        text     proxy
-    account_email,zed_config  later
+    zed_config                later
+    account_email             none   accounts have names: claude_lb.py accounts add
     streaming_mode            none   every stream is passed on as it comes
     big_model,small_model     none   model_routes name the models
 """
@@ -1101,7 +1102,7 @@ _PROVIDERS_FILE = """
     settings.log_level          level  log.level
     settings.log_color          color  log.color
     settings.log_file_path      text   log.file  JSON lines, in place of the console
-    settings.oauth              later
+    settings.oauth              none   logins are kept by: claude_lb.py accounts
     settings.testing,reload,reload_includes,app_name,app_version  none
 """
 # What is so there without being said in the file.
@@ -1212,6 +1213,8 @@ class _Reading:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.faults: list[str] = []
+        #: A provider has logins that stored accounts take the place of.
+        self.logins = False
 
     def entry(
         self, raw: Any, table: str, path: str, needs: Iterable[str]
@@ -1295,12 +1298,17 @@ class _Reading:
         if given & {"passthrough", "oauth"}:
             endpoint["authType"] = "passthrough"
             endpoint.pop("authToken", None)
-            why = "logs in by OAuth" if "oauth" in given else why
         if why and endpoint["enabled"]:
-            endpoint["enabled"] = False
             self.notes.append(
                 f"{path}: disabled: it {why}, which this version does not"
             )
+        if "oauth" in given and endpoint["enabled"]:
+            self.logins = True
+            self.notes.append(
+                f"{path}: disabled: its OAuth logins are in a keyring; log in again:"
+                " claude_lb.py accounts add NAME (stored accounts serve with this file)"
+            )
+        endpoint["enabled"] &= not (why or "oauth" in given)
         return endpoint
 
     def providers(self, raw: Iterable[Any]) -> dict[str, dict[str, Any]]:
@@ -1391,6 +1399,8 @@ def from_providers(raw: Mapping[str, Any]) -> Translation:
     rest = out.pop("_")
     endpoints = reading.providers(rest.get("providers", ()))
     out["endpoints"] = list(endpoints.values())
+    if reading.logins:
+        out["accounts"] = {}
     routes = reading.routes(rest.get("routes", {}), endpoints)
     if routes:
         out["routes"] = routes

@@ -11508,6 +11508,7 @@ class TestProviders:
         assert result.raw["endpoints"][1]["enabled"] is False
         assert "routes" not in result.raw
         assert said(result, "providers[1]", "disabled", word)
+        assert ("accounts" in result.raw) is (word == "OAuth")
         assert said(result, "model_routes.*[0]", "left out")
 
     def test_a_disabled_one_needs_no_credential(self) -> None:
