@@ -11218,7 +11218,7 @@ def assert_ours(raw: dict[str, Any]) -> None:
             assert_fits(option, OPTION)
             assert option["endpoint"] in names
     for name, section in raw.items():
-        if name not in ("endpoints", "groups", "routes"):
+        if name not in ("endpoints", "groups", "routes", "accounts"):
             assert_fits(section, FOREIGN_SECTIONS[name])
 
 
