@@ -48,25 +48,29 @@ Contents
     13. SELECTION    strategies, conversations, routes: who may serve, in which order
     14. FAILOVER     the decision table: what follows when an attempt fails
     15. LOG          one line per exchange, as text or JSON
-    16. STORE        SQLite: history, its roll-ups, what they say
-    17. ACCOUNTS     stored logins: their rows, their tokens, who renews them
-    18. POOL         live state of the endpoints behind one lock: cooldowns, affinity
-    19. CONNECTIONS  waiting on sockets; the client's side of an exchange
-    20. RELAY        the one thread that waits for bytes; clients between requests
-    21. UPSTREAM     connect, TLS, proxies, idle connections, send, read the head
-    22. ATTEMPT      one request on its way, until its answer may go on
-    23. STREAM       one committed answer on its way to the client
-    24. SHARING      one answer for identical requests
-    25. COMMIT       the answered half of an exchange
-    26. COURSE       what one request asks for, and how far it has come
-    27. EXCHANGE     one client request with its attempts and its answer
-    28. RECEPTION    from a client's bytes to an exchange; answers of our own
-    29. REPORTS      snapshots and tables as JSON and text
-    30. RELOAD       takes over the configuration file when it changes
-    31. SERVER       the listening socket, our own routes, start, drain
-    32. DEMO         two embedded upstreams that speak the Messages API
-    33. SELFTEST     every row of the decision table, tried with scripted upstreams
-    34. CLI          options, commands, start, stop
+    16. HISTORY      the tables: rows, roll-ups, what they say; upgrades
+    17. STORE        the thread that writes them; databases that are ill
+    18. LOGINS       what a login is made of; accounts as endpoints
+    19. PROVIDER     asks who gives out tokens; takes a browser back
+    20. ACCOUNTS     stored accounts: their rows, their tokens, who renews them
+    21. POOL         live state of the endpoints behind one lock: cooldowns, affinity
+    22. CONNECTIONS  waiting on sockets; the client's side of an exchange
+    23. RELAY        the one thread that waits for bytes; clients between requests
+    24. UPSTREAM     connect, TLS, proxies, idle connections, send, read the head
+    25. ATTEMPT      one request on its way, until its answer may go on
+    26. STREAM       one committed answer on its way to the client
+    27. SHARING      one answer for identical requests
+    28. COMMIT       the answered half of an exchange
+    29. COURSE       what one request asks for, and how far it has come
+    30. EXCHANGE     one client request with its attempts and its answer
+    31. RECEPTION    from a client's bytes to an exchange; answers of our own
+    32. REPORTS      snapshots and tables as JSON and text
+    33. STATISTICS   what the history says, as JSON and text
+    34. RELOAD       takes over the configuration file when it changes
+    35. SERVER       the listening socket, our own routes, start, drain
+    36. DEMO         two embedded upstreams that speak the Messages API
+    37. SELFTEST     every row of the decision table, tried with scripted upstreams
+    38. CLI          options, commands, start, stop
 
 Usage
     python3 claude_lb.py --demo
@@ -5114,11 +5118,10 @@ class Log:
 
 
 # ============================================================================
-# 16. STORE
+# 16. HISTORY
 # ============================================================================
 #
-# Rule: history never costs a request.  `record` appends to a deque; one thread
-# writes what waits, in one transaction, and keeps it while the database is ill.
+# What is kept of exchanges and accounts: functions of a connection.
 # Tables hold epoch milliseconds, roll-ups epoch seconds.  Statements are constants.
 # A release of the GIL beside a busy relay may cost a switch interval, and each
 # statement is at least one: hence rows go in by the dozen, and are summed up before
@@ -5366,7 +5369,8 @@ def _execute_all(db: sqlite3.Connection, statements: Iterable[str]) -> None:
         db.execute(statement)
 
 
-def _first_value(db: sqlite3.Connection, statement: str) -> Any:
+def first_value(db: sqlite3.Connection, statement: str) -> Any:
+    """Return the first column of the first row."""
     return db.execute(statement).fetchone()[0]
 
 
@@ -5395,7 +5399,7 @@ def _add_columns(db: sqlite3.Connection) -> None:
 def _make_rollups(db: sqlite3.Connection) -> None:
     """Step 3: the roll-ups, from the rows that are there."""
     _execute_all(db, _ROLLUPS)
-    minutes_since = int(_first_value(db, _NEWEST_TIME)) // 1000 - MINUTES_KEPT_S
+    minutes_since = int(first_value(db, _NEWEST_TIME)) // 1000 - MINUTES_KEPT_S
     rows = map(HistoryRow._make, db.execute(_ROWS_AFTER, (0,)))
     while some := list(itertools.islice(rows, 5000)):
         _roll_up(db, some, minutes_since)
@@ -5420,7 +5424,7 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def _version(db: sqlite3.Connection) -> int:
-    version = int(_first_value(db, "PRAGMA user_version"))
+    version = int(first_value(db, "PRAGMA user_version"))
     if version > len(MIGRATIONS):
         text = f"its schema is {version}, this program knows {len(MIGRATIONS)}"
         raise NewerSchemaError(f"the database is a later version's: {text}")
@@ -5744,7 +5748,7 @@ def write_records(db: sqlite3.Connection, records: Sequence[ExchangeRecord]) -> 
     """Put exchanges into history, roll-ups and the accounts' counters, or none."""
     rows = [_row_of(record) for record in records]
     with transaction(db):
-        last = _first_value(db, _NEWEST_ROW)
+        last = first_value(db, _NEWEST_ROW)
         if _put_rows(db, _INSERT, rows) < len(rows):
             # Some were there already: they do not count twice
             rows = [HistoryRow._make(r) for r in db.execute(_ROWS_AFTER, (last,))]
@@ -5757,7 +5761,7 @@ def write_records(db: sqlite3.Connection, records: Sequence[ExchangeRecord]) -> 
 
 def surplus_rows(db: sqlite3.Connection, most: int) -> int:
     """Return how many rows of history there are above `most`."""
-    return max(0, int(_first_value(db, _COUNT_ROWS)) - most)
+    return max(0, int(first_value(db, _COUNT_ROWS)) - most)
 
 
 def drop_rows(db: sqlite3.Connection, before_ms: int, most: int) -> int:
@@ -5790,7 +5794,7 @@ def reset_statistics(db: sqlite3.Connection) -> None:
 def clear_history(db: sqlite3.Connection) -> int:
     """Delete all requests and roll-ups; return how many requests it were."""
     with transaction(db):
-        rows = int(_first_value(db, _COUNT_ROWS))
+        rows = int(first_value(db, _COUNT_ROWS))
         _execute_all(db, _CLEAR)
     return rows
 
@@ -5958,7 +5962,7 @@ def statistics(db: sqlite3.Connection, epoch: float) -> Statistics:
         epoch,
         _tallies(db, bound),
         failures,
-        int(_first_value(db, _ACCOUNTS)),
+        int(first_value(db, _ACCOUNTS)),
     )
 
 
@@ -5987,28 +5991,60 @@ def _plan(db: sqlite3.Connection, statement: str) -> list[str]:
 
 def analyze(db: sqlite3.Connection) -> dict[str, Any]:
     """Return query plans, sizes in bytes, numbers of rows, versions."""
-    pages = int(_first_value(db, "PRAGMA page_count"))
-    page_bytes = int(_first_value(db, "PRAGMA page_size"))
+    pages = int(first_value(db, "PRAGMA page_count"))
+    page_bytes = int(first_value(db, "PRAGMA page_size"))
     oldest, newest = db.execute(
         "SELECT min(timestamp), max(timestamp) FROM requests"
     ).fetchone()
     return {
         "file": str(db.execute("PRAGMA database_list").fetchone()[2]) or None,
         "sqlite": sqlite3.sqlite_version,
-        "schema": int(_first_value(db, "PRAGMA user_version")),
-        "journal": str(_first_value(db, "PRAGMA journal_mode")),
+        "schema": int(first_value(db, "PRAGMA user_version")),
+        "journal": str(first_value(db, "PRAGMA journal_mode")),
         "bytes": pages * page_bytes,
         "pages": pages,
         "pageBytes": page_bytes,
-        "freePages": int(_first_value(db, "PRAGMA freelist_count")),
-        "rows": {name: int(_first_value(db, sql)) for name, sql in _COUNTED.items()},
+        "freePages": int(first_value(db, "PRAGMA freelist_count")),
+        "rows": {name: int(first_value(db, sql)) for name, sql in _COUNTED.items()},
         "oldestMs": oldest,
         "newestMs": newest,
         "plans": {name: _plan(db, sql) for name, sql in _PLANNED.items()},
     }
 
 
-# -- the thread --------------------------------------------------------------
+def request_document(record: ExchangeRecord) -> dict[str, Any]:
+    """Return an exchange as `recent_requests` will."""
+    row: dict[str, Any] = dict(zip(_ROW_NAMES, _row_of(record)))
+    row["attempts"] = _attempts_of(row)
+    row["success"], row["stream"] = int(bool(row["success"])), int(bool(row["stream"]))
+    return row
+
+
+def readable_accounts(path: str) -> list[tuple[object, ...]]:
+    """Return the accounts that a damaged file still shows."""
+    saved: list[tuple[object, ...]] = []
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(path, timeout=1.0)) as db,
+    ):
+        db.row_factory = sqlite3.Row
+        for row in db.execute("SELECT * FROM accounts"):
+            there = row.keys()
+            saved.append(tuple(row[n] if n in there else None for n in _SAVED_NAMES))
+    return saved
+
+
+def save_accounts(db: sqlite3.Connection, accounts: Iterable[Sequence[object]]) -> None:
+    """Put accounts, as `readable_accounts` returns them, beside those there are."""
+    db.executemany(_SAVE_ACCOUNT, accounts)
+
+
+# ============================================================================
+# 17. STORE
+# ============================================================================
+#
+# Rule: history never costs a request.  `record` appends to a deque; one thread
+# writes what waits, in one transaction, and keeps it while the database is ill.
 
 _Mark = tuple["tuple[int, int] | None", ...]
 _Told = TypeVar("_Told")
@@ -6035,20 +6071,6 @@ def is_damage(error: Exception) -> bool:
     )
 
 
-def _readable_accounts(path: str) -> list[tuple[object, ...]]:
-    """Return the accounts that a damaged file still shows."""
-    saved: list[tuple[object, ...]] = []
-    with (
-        contextlib.suppress(sqlite3.Error),
-        contextlib.closing(sqlite3.connect(path, timeout=1.0)) as db,
-    ):
-        db.row_factory = sqlite3.Row
-        for row in db.execute("SELECT * FROM accounts"):
-            there = row.keys()
-            saved.append(tuple(row[n] if n in there else None for n in _SAVED_NAMES))
-    return saved
-
-
 def _set_aside(path: str, epoch: float) -> str:
     """Move a damaged file and its journal away; return its new name."""
     moment = datetime.fromtimestamp(epoch, timezone.utc)
@@ -6058,14 +6080,6 @@ def _set_aside(path: str, epoch: float) -> str:
             os.rename(path + end, aside + end)
             os.chmod(aside + end, 0o600)
     return aside
-
-
-def request_document(record: ExchangeRecord) -> dict[str, Any]:
-    """Return an exchange as `recent_requests` will."""
-    row: dict[str, Any] = dict(zip(_ROW_NAMES, _row_of(record)))
-    row["attempts"] = _attempts_of(row)
-    row["success"], row["stream"] = int(bool(row["success"])), int(bool(row["stream"]))
-    return row
 
 
 class _Place:
@@ -6155,7 +6169,7 @@ class _Place:
         self._marked = _mark(self.path)
         if restored:
             with transaction(db):
-                db.executemany(_SAVE_ACCOUNT, accounts)
+                save_accounts(db, accounts)
             if self._rescued is not None:
                 self._rescued(db)
         return db
@@ -6183,7 +6197,7 @@ class _Place:
         if self.suspected:
             self.suspected = False
             with self.using() as db:
-                found = _first_value(db, "PRAGMA quick_check(1)")
+                found = first_value(db, "PRAGMA quick_check(1)")
             if found != "ok":
                 raise sqlite3.DatabaseError(f"malformed: {found}")
         if self._damaged:
@@ -6192,7 +6206,7 @@ class _Place:
 
     def _replace(self) -> None:
         self.leave()
-        accounts = _readable_accounts(self.path)
+        accounts = readable_accounts(self.path)
         aside = _set_aside(self.path, self._clock())
         text = "history: the database is damaged, a new one is begun; delete what is"
         text += " set aside when you have no use for it: it may hold logins"
@@ -6455,29 +6469,14 @@ class Store:
 
 
 # ============================================================================
-# 17. ACCOUNTS
+# 18. LOGINS (pure)
 # ============================================================================
 #
-# Logins that the user made once, and their tokens.  Facts: RFC 6749, RFC 7636.
-# Rule: a refresh token is good for one refresh.  So one refresh at a time runs per
-# account, in all processes together; none begins before the database was seen to
-# take a row; and a new pair is stored, to the disk, before anybody uses it.
-# Rule: what the provider says is shown by its error code alone, never as it stands:
-# it may quote a token.
+# What a login is made of, and what an account becomes: an endpoint like any other.
+# Facts: RFC 6749, RFC 7636.
 
 _NAME = re.compile(r"[!-~]{1,64}")
-_MADE_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _ERROR_CODE = re.compile(r"[a-z][a-z_]{0,39}")
-_SELECT_ACCOUNTS = (
-    "SELECT id, name, plan_type, supported_models, mode, refresh_token, access_token,"
-    " expires_at, api_key, paused, needs_login, weight, created_at, last_used,"
-    " request_count, usage_window_start, usage_window_requests FROM accounts"
-)
-_ACCOUNT_COLUMNS = tuple(re.findall(r"\w+", _SELECT_ACCOUNTS)[1:-2])
-_INSERT_ACCOUNT = (
-    f"INSERT INTO accounts({','.join(_ACCOUNT_COLUMNS)})"  # noqa: S608 - our own
-    f" VALUES ({','.join('?' * len(_ACCOUNT_COLUMNS))})"
-)
 _OLD_MODELS = ("claude-3-5-sonnet-20241022", "claude-3-haiku-20240307")
 _PRO_MODELS = (*_OLD_MODELS, "claude-3-5-haiku-20241022")
 _NEW_MODELS = (*_PRO_MODELS, "claude-sonnet-4-20250514")
@@ -6565,12 +6564,12 @@ def base64url(data: bytes) -> str:
 
 
 def new_login(
-    settings: AccountSettings, mode: str, *, random: bytes, key: bool, redirect: str
+    settings: AccountSettings, mode: str, *, noise: bytes, key: bool, redirect: str
 ) -> Login:
     """Return a login for `--mode` max or console.
 
-    `random` is 64 bytes: half for the verifier, half for the state.  `key` asks for
-    the right to make an API key.  `redirect` "" means the page that shows the code.
+    `noise` is 64 random bytes: half for the verifier, half for the state.  `key` asks
+    for the right to make an API key.  `redirect` "" means the page that shows the code.
     """
     console = mode == "console"
     scopes = settings.console_scopes if console else settings.scopes
@@ -6581,8 +6580,8 @@ def new_login(
         redirect or settings.redirect_url,
         settings.client_id,
         scopes,
-        Secret(base64url(random[:32])),
-        Secret(base64url(random[32:64])),
+        Secret(base64url(noise[:32])),
+        Secret(base64url(noise[32:64])),
     )
 
 
@@ -6629,7 +6628,7 @@ def is_same(text: str, secret: Secret) -> bool:
     )
 
 
-def _token(value: object) -> Secret | None:
+def credential_in(value: object) -> Secret | None:
     """Return a token that can stand in a header field; None where there is none."""
     good = (
         isinstance(value, str) and value and len(value) <= 8192 and is_sendable(value)
@@ -6637,19 +6636,10 @@ def _token(value: object) -> Secret | None:
     return Secret(str(value)) if good else None
 
 
-def _object_in(body: bytes) -> dict[str, Any]:
-    """Return a reply's object; {} where it is none."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def read_token_reply(body: bytes, epoch: float) -> Tokens:
     """Return the tokens that a reply at `epoch` holds; raises ProviderError."""
-    reply = _object_in(body)
-    access = _token(reply.get("access_token"))
+    reply = object_in(body)
+    access = credential_in(reply.get("access_token"))
     if access is None:
         raise ProviderError("the provider's reply holds no access token")
     life, scope = reply.get("expires_in"), reply.get("scope")
@@ -6658,7 +6648,7 @@ def read_token_reply(body: bytes, epoch: float) -> Tokens:
         life_s = min(life, TOKEN_LIFE_MOST_S)
     return Tokens(
         access,
-        _token(reply.get("refresh_token")),
+        credential_in(reply.get("refresh_token")),
         epoch + life_s if life_s else 0.0,
         tuple(scope.split()) if isinstance(scope, str) else None,
     )
@@ -6666,11 +6656,12 @@ def read_token_reply(body: bytes, epoch: float) -> Tokens:
 
 def error_code_of(body: bytes) -> str:
     """Return the error code of a refusal, or "" where none can be shown."""
-    error = _object_in(body).get("error")
-    return _shown_code(error.get("type") if isinstance(error, dict) else error)
+    error = object_in(body).get("error")
+    return shown_code(error.get("type") if isinstance(error, dict) else error)
 
 
-def _shown_code(code: object) -> str:
+def shown_code(code: object) -> str:
+    """Return an error code of the provider's, "" where it can't be shown."""
     return code if isinstance(code, str) and _ERROR_CODE.fullmatch(code) else ""
 
 
@@ -6718,7 +6709,7 @@ def window_of(account: Account, epoch: float) -> tuple[float, int]:
     return (left_s, account.window_requests) if left_s > 0 else (-math.inf, 0)
 
 
-def _hint(account: Account) -> str:
+def login_hint(account: Account) -> str:
     """Return what somebody has to do before an account can serve, or ""."""
     credentials = (account.api_key, account.refresh_token, account.access_token)
     if account.needs_login or not any(credentials):
@@ -6735,7 +6726,7 @@ def endpoint_of_account(
 ) -> Endpoint:
     """Return an account as an endpoint; its OAuth token is asked for at each use."""
     secure, host, port, prefix = url_parts(settings.base_url)
-    hint = _hint(account)
+    hint = login_hint(account)
     return Endpoint(
         name=account.name,
         base_url=settings.base_url,
@@ -6796,7 +6787,12 @@ def with_accounts(config: Config, accounts: Sequence[Account]) -> Config:
     )
 
 
-# -- the provider --------------------------------------------------------------
+# ============================================================================
+# 19. PROVIDER
+# ============================================================================
+#
+# Asks who gives out tokens.  Rule: what it says is shown by its error code alone, never
+# as it stands: it may quote a token.
 
 
 def _opener(url: str) -> Any:
@@ -6888,15 +6884,127 @@ def exchange_code(
 
 def make_api_key(settings: AccountSettings, token: Secret) -> Secret:
     """Have the provider make an API key; raises ProviderError."""
-    key = _token(
-        _object_in(ask_provider(settings.api_key_url, None, token)).get("raw_key")
+    key = credential_in(
+        object_in(ask_provider(settings.api_key_url, None, token)).get("raw_key")
     )
     if key is None:
         raise ProviderError("the provider's reply holds no API key")
     return key
 
 
-# -- the rows ------------------------------------------------------------------
+class _CallbackServer(socketserver.ThreadingTCPServer):
+    """Takes one login's answer on 127.0.0.1."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _CallbackHandler)
+        self.state = Secret("")
+        self.answers: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self.chances: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.chances.put(None)  # one: a login has one answer
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a traceback would go to the user's terminal."""
+
+
+class _CallbackHandler(http.server.BaseHTTPRequestHandler):
+    """Answers the browser that comes back from the login page."""
+
+    server: _CallbackServer
+    timeout = 5
+
+    def version_string(self) -> str:
+        """Return the Server field's value."""
+        return PROXY_NAME
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing: the path holds the code."""
+
+    def do_GET(self) -> None:
+        """Take the code, where the state is this login's."""
+        port = self.server.server_address[1]
+        parts = urllib.parse.urlsplit(self.path)
+        query = urllib.parse.parse_qs(parts.query)
+        code, state, error = (query.get(n, [""])[0] for n in ("code", "state", "error"))
+        hosts = {f"localhost:{port}", f"127.0.0.1:{port}"}
+        if self.headers.get("Host", "").lower() not in hosts:
+            self._page(421, "This address is not served here.")
+        elif parts.path != "/callback":
+            self._page(404, "There is nothing here.")
+        elif not is_same(state, self.server.state) or not (code or error):
+            self._page(400, "This is not the answer to the login that is under way.")
+        else:
+            self._take(code if is_sendable(code) else "", shown_code(error))
+
+    def _take(self, code: str, error: str) -> None:
+        try:
+            self.server.chances.get_nowait()
+        except queue.Empty:
+            self._page(400, "This login was answered before.")
+        else:
+            self._page(200, "The terminal tells how the login went. Close this page.")
+            self.server.answers.put((code, error))
+
+    def _page(self, status: int, text: str) -> None:
+        data = f"{text}\n".encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class LocalCallback:
+    """The address on this machine that a login page sends its code to, once."""
+
+    def __init__(self) -> None:
+        self._server = _CallbackServer()
+        self.redirect_url = (
+            f"http://localhost:{self._server.server_address[1]}/callback"
+        )
+
+    def wait(self, state: Secret) -> str:
+        """Return the code that comes with `state`; raises AccountError."""
+        server, end = self._server, time.monotonic() + LOGIN_S
+        server.state, server.timeout = state, 0.25
+        try:
+            while time.monotonic() < end and server.answers.empty():
+                server.handle_request()
+            code, error = server.answers.get_nowait()
+        except queue.Empty:
+            minutes = LOGIN_S / 60
+            raise AccountError(f"no answer came within {minutes:g} minutes") from None
+        finally:
+            server.server_close()
+        if not code:
+            raise AccountError(f"the login was refused ({error or 'no code came'})")
+        return code
+
+
+# ============================================================================
+# 20. ACCOUNTS
+# ============================================================================
+#
+# The stored accounts, and who renews their tokens.
+# Rule: a refresh token is good for one refresh.  So one refresh at a time runs per
+# account, in all processes together; none begins before the database was seen to
+# take a row; and a new pair is stored, to the disk, before anybody uses it.
+
+_MADE_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+_SELECT_ACCOUNTS = (
+    "SELECT id, name, plan_type, supported_models, mode, refresh_token, access_token,"
+    " expires_at, api_key, paused, needs_login, weight, created_at, last_used,"
+    " request_count, usage_window_start, usage_window_requests FROM accounts"
+)
+_ACCOUNT_COLUMNS = tuple(re.findall(r"\w+", _SELECT_ACCOUNTS)[1:-2])
+_INSERT_ACCOUNT = (
+    f"INSERT INTO accounts({','.join(_ACCOUNT_COLUMNS)})"  # noqa: S608 - our own
+    f" VALUES ({','.join('?' * len(_ACCOUNT_COLUMNS))})"
+)
 
 
 def _own_models(text: object) -> tuple[str, ...]:
@@ -6934,10 +7042,10 @@ def account_of(row: Mapping[str, Any]) -> Account:
         plan,
         _own_models(row.get("supported_models")),
         str(row.get("mode") or usual),
-        _token(row.get("refresh_token")),
-        _token(row.get("access_token")),
+        credential_in(row.get("refresh_token")),
+        credential_in(row.get("access_token")),
         _seconds(row.get("expires_at")) or 0.0,
-        _token(key),
+        credential_in(key),
         bool(row.get("paused")),
         str(row.get("needs_login") or ""),
         min(max(weight, 1), 1000),
@@ -7519,7 +7627,7 @@ class Renewer:
             if self._is_newer(account, stale):
                 return self._book.adopt(account)
             if account.needs_login or account.refresh_token is None:
-                raise AccountError(_hint(account) or "it has no refresh token")
+                raise AccountError(login_hint(account) or "it has no refresh token")
             return self._ask(account, account.refresh_token)
 
     def _is_newer(self, account: Account, stale: Secret | None) -> bool:
@@ -7586,101 +7694,8 @@ class Renewer:
         raise AccountError(f"{why}. {account.name} needs login")
 
 
-class _CallbackServer(socketserver.ThreadingTCPServer):
-    """Takes one login's answer on 127.0.0.1."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _CallbackHandler)
-        self.state = Secret("")
-        self.answers: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
-        self.chances: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.chances.put(None)  # one: a login has one answer
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: a traceback would go to the user's terminal."""
-
-
-class _CallbackHandler(http.server.BaseHTTPRequestHandler):
-    """Answers the browser that comes back from the login page."""
-
-    server: _CallbackServer
-    timeout = 5
-
-    def version_string(self) -> str:
-        """Return the Server field's value."""
-        return PROXY_NAME
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing: the path holds the code."""
-
-    def do_GET(self) -> None:
-        """Take the code, where the state is this login's."""
-        port = self.server.server_address[1]
-        parts = urllib.parse.urlsplit(self.path)
-        query = urllib.parse.parse_qs(parts.query)
-        code, state, error = (query.get(n, [""])[0] for n in ("code", "state", "error"))
-        hosts = {f"localhost:{port}", f"127.0.0.1:{port}"}
-        if self.headers.get("Host", "").lower() not in hosts:
-            self._page(421, "This address is not served here.")
-        elif parts.path != "/callback":
-            self._page(404, "There is nothing here.")
-        elif not is_same(state, self.server.state) or not (code or error):
-            self._page(400, "This is not the answer to the login that is under way.")
-        else:
-            self._take(code if is_sendable(code) else "", _shown_code(error))
-
-    def _take(self, code: str, error: str) -> None:
-        try:
-            self.server.chances.get_nowait()
-        except queue.Empty:
-            self._page(400, "This login was answered before.")
-        else:
-            self._page(200, "The terminal tells how the login went. Close this page.")
-            self.server.answers.put((code, error))
-
-    def _page(self, status: int, text: str) -> None:
-        data = f"{text}\n".encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "text/plain; charset=utf-8")
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("Referrer-Policy", "no-referrer")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.end_headers()
-        self.wfile.write(data)
-
-
-class LocalCallback:
-    """The address on this machine that a login page sends its code to, once."""
-
-    def __init__(self) -> None:
-        self._server = _CallbackServer()
-        self.redirect_url = (
-            f"http://localhost:{self._server.server_address[1]}/callback"
-        )
-
-    def wait(self, state: Secret) -> str:
-        """Return the code that comes with `state`; raises AccountError."""
-        server, end = self._server, time.monotonic() + LOGIN_S
-        server.state, server.timeout = state, 0.25
-        try:
-            while time.monotonic() < end and server.answers.empty():
-                server.handle_request()
-            code, error = server.answers.get_nowait()
-        except queue.Empty:
-            minutes = LOGIN_S / 60
-            raise AccountError(f"no answer came within {minutes:g} minutes") from None
-        finally:
-            server.server_close()
-        if not code:
-            raise AccountError(f"the login was refused ({error or 'no code came'})")
-        return code
-
-
 # ============================================================================
-# 18. POOL
+# 21. POOL
 # ============================================================================
 #
 # Rule: one lock; under it only arithmetic and pure functions.  Check-and-take is
@@ -8534,7 +8549,7 @@ class Pool:
 
 
 # ============================================================================
-# 19. CONNECTIONS
+# 22. CONNECTIONS
 # ============================================================================
 #
 # Rule: every socket is non-blocking.  A thread that must wait does so here, and
@@ -8772,7 +8787,7 @@ class ClientConnection:
 
 
 # ============================================================================
-# 20. RELAY
+# 23. RELAY
 # ============================================================================
 #
 # One thread, one selector: whatever only waits for bytes waits here and holds no
@@ -9061,7 +9076,7 @@ class Relay:
 
 
 # ============================================================================
-# 21. UPSTREAM
+# 24. UPSTREAM
 # ============================================================================
 #
 # http.client owns the connection and its socket.  Its tunnel, send and response path
@@ -9561,7 +9576,7 @@ class Upstreams:
 
 
 # ============================================================================
-# 22. ATTEMPT
+# 25. ATTEMPT
 # ============================================================================
 #
 # One request on a connection, from its first byte to its answer's head.  It runs
@@ -9816,7 +9831,7 @@ class Attempt:
 
 
 # ============================================================================
-# 23. STREAM
+# 26. STREAM
 # ============================================================================
 #
 # One committed answer between an upstream and its client.
@@ -10120,7 +10135,7 @@ class Stream:
 
 
 # ============================================================================
-# 24. SHARING
+# 27. SHARING
 # ============================================================================
 #
 # Identical requests at the same time get one answer (balancing.dedupe): the first,
@@ -10314,7 +10329,7 @@ class Follower:
 
 
 # ============================================================================
-# 25. COMMIT
+# 28. COMMIT
 # ============================================================================
 #
 # The answered half of an exchange: from the first byte to the client on.
@@ -10580,7 +10595,7 @@ class Commit:
 
 
 # ============================================================================
-# 26. COURSE
+# 29. COURSE
 # ============================================================================
 #
 # What one request asks for, what is sent for it, and how far it has come.  Rule: a
@@ -11034,7 +11049,7 @@ class Following(Sharer):
 
 
 # ============================================================================
-# 27. EXCHANGE
+# 30. EXCHANGE
 # ============================================================================
 #
 # One client request with its attempts and its answer: reserve, attempt, judge,
@@ -11654,7 +11669,7 @@ class Exchange(_Waiting):
 
 
 # ============================================================================
-# 28. RECEPTION
+# 31. RECEPTION
 # ============================================================================
 #
 # From a client's bytes to an exchange, in the relay's thread; and what we answer
@@ -12032,7 +12047,7 @@ class Reception:
 
 
 # ============================================================================
-# 29. REPORTS (pure)
+# 32. REPORTS (pure)
 # ============================================================================
 #
 # Snapshots as the JSON documents of /health, /status and /providers.  Their shapes
@@ -12237,7 +12252,12 @@ def providers_document(
     }
 
 
-# -- history and money -------------------------------------------------------
+# ============================================================================
+# 33. STATISTICS (pure)
+# ============================================================================
+#
+# What the history says, as the documents of /api/stats, /api/analytics and
+# /api/accounts, and as text.
 
 NO_ACCOUNT = "no_account"  # scripts of another balancer look for this name
 LISTED = 10  # models, accounts, errors of /api/stats
@@ -12602,9 +12622,6 @@ def analyze_lines(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-# -- accounts ----------------------------------------------------------------
-
-
 def accounts_document(
     accounts: Sequence[Account], snapshot: PoolSnapshot, *, epoch: float
 ) -> list[dict[str, object]]:
@@ -12669,7 +12686,7 @@ def _window_document(
 
 
 # ============================================================================
-# 30. RELOAD
+# 34. RELOAD
 # ============================================================================
 #
 # Rule: a file is read and checked whole before anything of it counts; one at fault
@@ -12776,7 +12793,7 @@ class Reloader:
 
 
 # ============================================================================
-# 31. SERVER
+# 35. SERVER
 # ============================================================================
 #
 # http.server gives the socket, the names and the frame of a handler; the reading of
@@ -13841,7 +13858,7 @@ def _turn_away(sock: socket.socket, message: str) -> None:
 
 
 # ============================================================================
-# 32. DEMO
+# 36. DEMO
 # ============================================================================
 #
 # Upstreams to try the proxy on, without a key or a network.  They answer what a
@@ -14091,7 +14108,7 @@ class DemoUpstream(http.server.ThreadingHTTPServer):
 
 
 # ============================================================================
-# 33. SELFTEST
+# 37. SELFTEST
 # ============================================================================
 #
 # The decision table, tried on the proxy as it serves, with upstreams that misbehave
@@ -14661,7 +14678,7 @@ def matrix_lines(trials: Sequence[Trial]) -> Iterator[str]:
 
 
 # ============================================================================
-# 34. CLI
+# 38. CLI
 # ============================================================================
 #
 # The only place that reads arguments, the environment and configuration files,
@@ -14993,7 +15010,7 @@ def _log_in(arguments: argparse.Namespace, book: AccountBook) -> Tokens:
     login = new_login(
         book.settings,
         arguments.mode,
-        random=os.urandom(64),
+        noise=os.urandom(64),
         key=arguments.api_key,
         redirect=callback.redirect_url if callback else "",
     )

@@ -15050,7 +15050,7 @@ def desk(idp: Provider, tmp_path: Path) -> Desk:
 
 
 def login(mode: str = "max", **more: Any) -> claude_lb.Login:
-    options = {"random": bytes(range(64)), "key": False, "redirect": "", **more}
+    options = {"noise": bytes(range(64)), "key": False, "redirect": "", **more}
     return new_login(AccountSettings(), mode, **options)
 
 
