@@ -5718,13 +5718,10 @@ def _roll_up(
         sums = _sums_of(group)
         times = [r.first_byte_ms for r in group if r.first_byte_ms is not None]
         counts = collections.Counter(bisect.bisect_right(_BOUNDS, ms) for ms in times)
-        for span_s in (MINUTE_S, HOUR_S):
-            if span_s == HOUR_S or at > minutes_since:
-                key = (span_s, at - at % span_s, endpoint, name)
-                totals[key] = totals[key].plus(sums) if key in totals else sums
-                for place, n in counts.items():
-                    placed = (*key, place)
-                    classes[placed] += n
+        for span_s in (MINUTE_S, HOUR_S) if at > minutes_since else (HOUR_S,):
+            key = (span_s, at - at % span_s, endpoint, name)
+            totals[key] = totals[key].plus(sums) if key in totals else sums
+            classes.update({(*key, place): n for place, n in counts.items()})
     _put_rows(
         db, _TOTALS, [(*key, *sums) for key, sums in totals.items()], _TOTALS_AGAIN
     )
