@@ -11358,9 +11358,11 @@ class _Waiting(_Ledger):
         def then(fresh: Secret | None, why: str) -> None:
             services.relay.tell(partial(self._renewed, lease, fresh is not None, why))
 
-        if services.logins is not None:
-            services.logins.renew(account, self._token, then)
-            services.relay.after(RENEW_PATIENCE_S, partial(self._renew_late, lease))
+        if services.logins is None:
+            then(None, "no account can log in here")
+            return
+        services.logins.renew(account, self._token, then)
+        services.relay.after(RENEW_PATIENCE_S, partial(self._renew_late, lease))
 
     @_guarded
     def _renewed(self, lease: Lease, good: bool, why: str) -> None:
