@@ -3222,7 +3222,12 @@ def usage_at_end(ending: bytes) -> object:
     """
     at = ending.rfind(b'"usage"')
     found = _USAGE_AT_END.match(ending, at) if at > 0 else None
-    return object_in(found[1].decode("utf-8", "replace")) if found else None
+    if found is None:
+        return None
+    try:
+        return _DECODER.raw_decode(found[1].decode("utf-8", "replace"))[0]
+    except (ValueError, RecursionError):
+        return None
 
 
 def with_value(body: bytes | bytearray, member: Member, text: str) -> bytes:
