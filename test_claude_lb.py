@@ -16941,11 +16941,11 @@ class TestStoreFaults:
         calls: list[int] = []
         really = claude_lb.write_records
 
-        def fails_twice(db: sqlite3.Connection, records: Any) -> None:
+        def fails_twice(db: sqlite3.Connection, records: Any, *more: Any) -> None:
             calls.append(len(records))
             if len(calls) < 3:
                 raise RuntimeError("a bug")
-            really(db, records)
+            really(db, records, *more)
 
         monkeypatch.setattr(claude_lb, "write_records", fails_twice)
         store = make()
@@ -19613,3 +19613,115 @@ class TestEstimatesOverSockets:
         answer = lab.proxy(lab.refusing()).post()
         assert answer.status == 502
         assert answer.values("x-claude-lb-estimate") == []
+
+
+class TestLoginsInTrouble:
+    def test_a_provider_that_hangs_holds_up_nobody_who_can_go_elsewhere(
+        self, lab: Lab, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "RENEW_PATIENCE_S", 0.05)
+        other = lab.upstream()
+        work = issuer.account("work")
+        kept, served = keeping(lab, other, issuer=issuer, accounts=[work])
+        issuer.expire()
+        issuer.script = ["slow"]
+        answers = [kept.post() for _ in range(4)]
+        assert [a.status for a in answers] == [200] * 4
+        assert {served_by(a) for a in answers} == {"up0"}
+        assert calls(served) == [1]  # then it is left alone for a moment
+        issuer.slow.set()
+
+    def test_a_fresh_token_ends_its_cooldown(
+        self, lab: Lab, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "RENEW_FLOOR_S", 0.0)
+        monkeypatch.setattr(claude_lb, "RENEW_PAUSE_S", 0.0)
+        work = issuer.account("work")
+        kept, _ = keeping(lab, issuer=issuer, accounts=[work])
+        issuer.expire()
+        issuer.script = ["500"]
+        assert kept.post().status == 502
+        (state,) = kept.server.services.pool.snapshot().endpoints
+        assert [rule for _, rule, _ in state.cooldowns] == ["login-fails"]
+        came: list[object] = []
+        token = kept.server.book.token(work.id)
+        kept.server.renewer.renew(work.id, token, lambda *told: came.append(told))
+        eventually(lambda: came, "the renewal")
+        (state,) = kept.server.services.pool.snapshot().endpoints
+        assert state.cooldowns == ()
+        assert kept.post().status == 200
+
+    def test_no_account_that_may_serve_is_said(self, lab: Lab, issuer: Issuer) -> None:
+        work = issuer.account("work")
+        kept, served = keeping(lab, issuer=issuer, accounts=[work])
+        assert kept.post().status == 200
+        changed = kept.ask("POST", "/api/accounts/work/pause", counts=0)
+        assert changed.status == 200
+        told = own_error(kept.post(), 503, "overloaded_error")
+        assert "accounts resume work" in told
+        health = kept.ask("GET", "/health", counts=0)
+        assert (health.status, health.json()["status"]) == (503, "unhealthy")
+        assert calls(served) == [1]
+
+
+class TestBackupOfAccounts:
+    def test_new_tokens_that_only_the_backup_has_are_used(self, desk: Desk) -> None:
+        account = desk.account()
+        spent = account.refresh_token
+        tokens = desk.provider.tokens()
+        desk.book._save(
+            account.id,
+            claude_lb._Unsaved(
+                read_token_reply(json.dumps(tokens).encode(), desk.epoch), spent
+            ),
+        )
+        with (
+            closing(sqlite3.connect(desk.path)) as db,
+            db,
+        ):  # the COMMIT that never came
+            change = "UPDATE accounts SET refresh_token=?, access_token=?, expires_at=?"
+            old = (spent.reveal() if spent else "", "sk-ant-oat01-old", 1)
+            db.execute(change, old)
+        desk.book.poll()
+        asked = desk.provider.count()
+        fresh, why = desk.renew(desk.book.account(account.id))
+        assert fresh is not None, why
+        assert fresh.reveal() == tokens["access_token"]
+        assert desk.provider.count() == asked
+        assert desk.row(account)["refresh_token"] == tokens["refresh_token"]
+
+    def test_one_that_cannot_be_written_brings_nobody_back(self, desk: Desk) -> None:
+        desk.account("gone")
+        Path(f"{desk.path}.accounts.json.new").mkdir()
+        desk.book.remove("gone")
+        assert "there is no backup" in desk.log
+        assert desk.book.all() == ()
+
+    def test_an_idle_look_does_not_open_the_database(
+        self, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        desk.account()
+        desk.book.poll()
+        monkeypatch.setattr(claude_lb, "open_database", None)
+        assert desk.book.poll() is False
+        monkeypatch.undo()
+        other = AccountBook(desk.path, desk.provider.settings(), desk.log)
+        other.set_paused("work", paused=True)
+        assert desk.book.poll() is True
+
+
+class TestTwoStores:
+    def test_they_do_not_prune_twice(self, path: Path) -> None:
+        with closing(open_database(str(path))) as db:
+            write_records(db, [exchange(i) for i in range(40)])
+            for _ in range(3):  # as two processes that counted before would
+                claude_lb.drop_rows(db, 0, 30)
+            assert len(recent_requests(db, 100)) == 30
+
+    def test_a_later_schema_is_told_to_who_asks_for_accounts(self, desk: Desk) -> None:
+        desk.account()
+        with closing(sqlite3.connect(desk.path)) as db:
+            db.execute("PRAGMA user_version = 99")
+        with pytest.raises(AccountError, match="later version"):
+            desk.book.all()
+        assert desk.book.poll() is False
