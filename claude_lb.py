@@ -6269,6 +6269,7 @@ class Store:
         self._why = ""
         self._most = HISTORY_BATCH
         self._strikes = 0
+        self._in_hand = 0  # rows that are being written
         self._chore_s = -math.inf
         self._more = False  # old rows are left over from the last step
         self._overflowed = 0  # rows lost, counted by those who record
@@ -6351,7 +6352,7 @@ class Store:
             "database": self._place.path or None,
             "state": state if self._settings.history else "off",
             "why": why or None,
-            "waiting": len(self._waiting),
+            "waiting": len(self._waiting) + self._in_hand,
             "dropped": self._overflowed + self._given_up,
         }
 
@@ -6411,11 +6412,13 @@ class Store:
 
     def _take(self) -> list[ExchangeRecord]:
         waiting = self._waiting
-        return [waiting.popleft() for _ in range(min(len(waiting), self._most))]
+        self._in_hand = min(len(waiting), self._most)
+        return [waiting.popleft() for _ in range(self._in_hand)]
 
     def _give_back(self, batch: list[ExchangeRecord]) -> None:
         """Put rows back in front; the oldest are lost where they are too many."""
         self._waiting.extendleft(reversed(batch))
+        self._in_hand = 0
         while len(self._waiting) > HISTORY_WAITING:
             self._waiting.popleft()
             self._given_up += 1
@@ -6430,7 +6433,7 @@ class Store:
             return self._fail(error)
         except Exception as error:  # noqa: BLE001 - a row that cannot be written
             return self._narrow(batch, error)
-        self._most, self._strikes = HISTORY_BATCH, 0
+        self._most, self._strikes, self._in_hand = HISTORY_BATCH, 0, 0
         return True
 
     def _narrow(self, batch: list[ExchangeRecord], error: Exception) -> bool:
@@ -6444,7 +6447,7 @@ class Store:
             return len(batch) > 1
         self._log.fault("history: a row cannot be written, and is left out")
         self._given_up += 1
-        self._most, self._strikes = HISTORY_BATCH, 0
+        self._most, self._strikes, self._in_hand = HISTORY_BATCH, 0, 0
         return True
 
     def _fail(self, error: Exception) -> bool:
