@@ -4176,7 +4176,11 @@ class JsonWatch:
 
     def feed(self, payload: bytes) -> None:
         """Take what the body carried."""
+        first = not self._size
         self._size += len(payload)
+        if first:  # most come in one piece: nothing is copied
+            self._seen, self._ending = payload[:PIN_BYTES], payload[-ENDING_BYTES:]
+            return
         if len(self._seen) < PIN_BYTES:
             self._seen += payload[: PIN_BYTES - len(self._seen)]
         self._ending = (self._ending + payload[-ENDING_BYTES:])[-ENDING_BYTES:]
