@@ -3211,7 +3211,7 @@ class UsageReader:
         usage, written = Usage._make(self._said), self._written
         long = usage.cache_write_1h_tokens or 0
         # The split stands at the start only; what is written later is of the default
-        if written is not None and written > long + (usage.cache_write_5m_tokens or 0):
+        if written is not None and written >= long + (usage.cache_write_5m_tokens or 0):
             usage = usage._replace(cache_write_5m_tokens=written - long)
         return usage if usage != _UNSAID else None
 

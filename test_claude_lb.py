@@ -14315,6 +14315,7 @@ class TestUsageOfStreams:
         ("says", "writes"),
         [
             ([{"cache_creation_input_tokens": 30}], (30, None)),
+            ([{"cache_creation_input_tokens": 0}], (0, None)),
             ([FIRST, {"cache_creation_input_tokens": 99}], (79, 20)),
             ([FIRST, {"cache_creation_input_tokens": 30}], (10, 20)),
             ([{"cache_creation_input_tokens": 9}, FIRST], (10, 20)),
