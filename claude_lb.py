@@ -12038,35 +12038,30 @@ class Reception:
         self, client: ClientConnection, request: ClientRequest, refusal: RefusedError
     ) -> None:
         """Give a client an error of ours instead of an endpoint's answer."""
-        keep = self._keeps(request) and not refusal.close
-        answer = error_answer(
-            refusal,
-            request_id=request.id,
-            head=request.head,
-            fields=request.answer_fields,
-            keep=keep,
-        )
-        self._give(client, answer, keep=keep)
+        make = partial(error_answer, refusal)
+        self._give(client, request, make, close=refusal.close)
 
     def answer(
         self, client: ClientConnection, request: ClientRequest, document: object
     ) -> None:
         """Give a client an answer of ours instead of an endpoint's."""
-        keep = self._keeps(request)
-        answer = own_answer(
-            200,
-            document,
+        self._give(client, request, partial(own_answer, 200, document), close=False)
+
+    def _give(
+        self,
+        client: ClientConnection,
+        request: ClientRequest,
+        make: Callable[..., bytes],
+        *,
+        close: bool,
+    ) -> None:
+        keep = request.head.keep_alive and not (self._services.draining() or close)
+        answer = make(
             request_id=request.id,
             head=request.head,
             fields=request.answer_fields,
             keep=keep,
         )
-        self._give(client, answer, keep=keep)
-
-    def _keeps(self, request: ClientRequest) -> bool:
-        return request.head.keep_alive and not self._services.draining()
-
-    def _give(self, client: ClientConnection, answer: bytes, *, keep: bool) -> None:
         try:
             whole = client.send_some(answer) == len(answer)
         except ClientGoneError:
