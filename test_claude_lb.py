@@ -5565,6 +5565,14 @@ class Lab:
         eventually(returned, f"{threads} threads and {files} files as before", PROMPT_S)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep histories of tests out of the home of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def _frozen() -> None:
     """Keep what pytest has loaded out of every collection: 140 ms each else."""
