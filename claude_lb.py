@@ -12056,12 +12056,8 @@ class Reception:
         close: bool,
     ) -> None:
         keep = request.head.keep_alive and not (self._services.draining() or close)
-        answer = make(
-            request_id=request.id,
-            head=request.head,
-            fields=request.answer_fields,
-            keep=keep,
-        )
+        head, fields = request.head, request.answer_fields
+        answer = make(request_id=request.id, head=head, fields=fields, keep=keep)
         try:
             whole = client.send_some(answer) == len(answer)
         except ClientGoneError:
@@ -13381,45 +13377,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, status: int, document: object, *, has_body: bool) -> None:
         """Send an answer of our own and let the relay go on with the client."""
-        keep = self._keeps(unread=has_body)
-        self._say(
-            own_answer(
-                status,
-                document,
-                request_id=self.request_id,
-                head=self.head,
-                fields=self.answer_fields,
-                keep=keep,
-            ),
-            keep=keep,
-        )
-
-    def _keeps(self, *, unread: bool) -> bool:
-        """Tell whether the connection goes on; `unread` bytes of the request end it."""
-        head = self.head
-        wanted = head is not None and head.keep_alive and not unread
-        return wanted and not self.server.draining()
-
-    def _say(self, answer: bytes, *, keep: bool) -> None:
-        self.client.send_all(answer)
-        relay = self.server.relay
-        after = relay.next_request if keep else relay.dismiss
-        self._give_away(partial(after, self.client))
+        self._say(partial(own_answer, status, document), unread=has_body)
 
     def _refuse(self, refusal: RefusedError) -> None:
         """Answer with an error of ours, and write the request's line."""
-        keep = self._keeps(unread=refusal.close)
         self._record(refusal.status, Outcome.REFUSED, refusal.message)
-        self._say(
-            error_answer(
-                refusal,
-                request_id=self.request_id,
-                head=self.head,
-                fields=self.answer_fields,
-                keep=keep,
-            ),
-            keep=keep,
-        )
+        self._say(partial(error_answer, refusal), unread=refusal.close)
+
+    def _say(self, make: Callable[..., bytes], *, unread: bool) -> None:
+        """Send what `make` makes; `unread` bytes of the request end the connection."""
+        head, relay = self.head, self.server.relay
+        wanted = head is not None and head.keep_alive and not unread
+        keep = wanted and not self.server.draining()
+        fields, name = self.answer_fields, self.request_id
+        self.client.send_all(make(request_id=name, head=head, fields=fields, keep=keep))
+        after = relay.next_request if keep else relay.dismiss
+        self._give_away(partial(after, self.client))
 
     def _record(self, status: int, ended: Outcome, reason: str) -> None:
         """Write the line of a request that reached no exchange."""
