@@ -16208,7 +16208,7 @@ def exchange(number: int = 0, **changes: Any) -> ExchangeRecord:
 
 
 def failed_exchange(number: int = 0, **changes: Any) -> ExchangeRecord:
-    """Return an exchange that two endpoints failed_exchange."""
+    """Return an exchange that two endpoints failed."""
     tried = (
         AttemptRecord("one", 529, "overloaded", 12.0),
         AttemptRecord("two", 0, "refused", 3.0),
@@ -18067,11 +18067,11 @@ class TestAccountsChange:
         assert len(served.requests) == calls_before
 
     def test_the_only_one_is_paused_by_hand(self, lab: Lab, issuer: Issuer) -> None:
-        kept, served = keeping(lab, issuer=issuer, accounts=[issuer.account("work")])
-        assert change(kept, "/api/accounts/work/pause").status == 200
+        kept, served = keeping(lab, issuer=issuer, accounts=[issuer.account("solo")])
+        assert change(kept, "/api/accounts/solo/pause").status == 200
         assert kept.post().status == 503
-        assert change(kept, "/api/accounts/work/resume").status == 200
-        assert served_by(kept.post()) == "work"
+        assert change(kept, "/api/accounts/solo/resume").status == 200
+        assert served_by(kept.post()) == "solo"
         assert len(served.requests) == 1
 
     def test_a_new_login_ends_the_trouble(
@@ -19073,7 +19073,7 @@ class TestCanary:
         path = program.write("lb.json", self.config(issuer, up, lab.refusing()))
         state = program.folder / ".local/state/claude-lb"
         book = AccountBook(str(state / "claude_lb.db"), issuer.settings(), Lines())
-        book.add(issuer.account("work"))
+        book.add(issuer.account("solo"))
         book.add(issuer.account("key", api_key=Secret(secret("apikey"))))
         issuer.expire()
         said = [self.log_in(program, issuer, path)]
@@ -19150,9 +19150,9 @@ class TestCanary:
             ask("GET", target, client)
             ask("GET", target, f"wrong-{client}")
         ask("GET", f"/api/requests?limit={client}", client)
-        assert ask("POST", "/api/accounts/work/pause", admin) == 200
-        assert ask("POST", "/api/accounts/work/resume", admin) == 200
-        assert ask("POST", "/api/accounts/work/pause", client) == 401
+        assert ask("POST", "/api/accounts/solo/pause", admin) == 200
+        assert ask("POST", "/api/accounts/solo/resume", admin) == 200
+        assert ask("POST", "/api/accounts/solo/pause", client) == 401
         good = path.read_text()
         path.write_text(good.replace('"port": 0', '"port": "x"'))
         assert ask("POST", "/providers/reload", admin) == 400
@@ -19662,13 +19662,13 @@ class TestLoginsInTrouble:
         assert kept.post().status == 200
 
     def test_no_account_that_may_serve_is_said(self, lab: Lab, issuer: Issuer) -> None:
-        work = issuer.account("work")
+        work = issuer.account("solo")
         kept, served = keeping(lab, issuer=issuer, accounts=[work])
         assert kept.post().status == 200
-        changed = kept.ask("POST", "/api/accounts/work/pause", counts=0)
+        changed = kept.ask("POST", "/api/accounts/solo/pause", counts=0)
         assert changed.status == 200
         told = own_error(kept.post(), 503, "overloaded_error")
-        assert "accounts resume work" in told
+        assert "accounts resume solo" in told
         health = kept.ask("GET", "/health", counts=0)
         assert (health.status, health.json()["status"]) == (503, "unhealthy")
         assert calls(served) == [1]
