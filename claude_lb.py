@@ -209,7 +209,7 @@ COMMAND_S = 10.0  # authTokenCommand
 RETRY_AFTER_S = 1  # only with a 503 for our own capacity
 LISTENERS = 8  # clients of /api/requests/stream
 LISTENER_BYTES = 256 * 1024  # what one of them may leave unread
-HISTORY_BYTES = 4 * 1024 * 1024  # of a shared answer, kept for late followers
+SHARED_BYTES = 4 * 1024 * 1024  # of a shared answer, kept for late followers
 GATE_BYTES = 256 * 1024  # of an event stream, held back until its first content
 EARLY_BYTES = 8 * 1024 * 1024  # a longer upload that is cut short is not repeated
 ERROR_BYTES = 64 * 1024  # of an error's body, read to judge it
@@ -232,7 +232,7 @@ MEND_S = 10.0  # a damaged database is set aside before the start goes on
 FLUSH_S = 1.0  # who asks for the history waits so long for rows to be written
 WINDOW_NEAR_S = 3_600.0  # before its end a window is worth using up
 LIMITS_S = 300.0  # what an answer said of its limits is too old to go by
-HISTORY = 20  # late attempts whose times are kept
+LATE_ATTEMPTS = 20  # late attempts whose times are kept
 LATENCY_SHARE = 0.2  # of the newest sample in an endpoint's average
 CONVERSATIONS = 10_000
 STATES = 8  # endpoints that an error names with their states
@@ -7828,7 +7828,7 @@ class Live:
         self.seen_at = self.failed_at = -math.inf
         #: (monotonic, ms to the first byte or None, why it failed) of late attempts.
         self.history: collections.deque[tuple[float, float | None, str]]
-        self.history = collections.deque(maxlen=HISTORY)
+        self.history = collections.deque(maxlen=LATE_ATTEMPTS)
         self.paused = False
         self.answering: bool | None = None
         self.why = "nothing seen yet"
@@ -10244,7 +10244,7 @@ class Share:
         """Pass a piece of the body on."""
         if self._open:
             self._history += data
-            if len(self._history) > HISTORY_BYTES:
+            if len(self._history) > SHARED_BYTES:
                 self._close()
         self._followers = [f for f in self._followers if f.is_there()]
         for follower in self._followers:
@@ -10284,7 +10284,7 @@ class Follower:
         relay: Relay,
         client: ClientConnection,
         on_end: Callable[[Outcome, str, int], None],
-        most_bytes: int = HISTORY_BYTES,
+        most_bytes: int = SHARED_BYTES,
     ) -> None:
         self._relay = relay
         self._client = client
@@ -12214,7 +12214,7 @@ def status_document(
                     }
                     for ago, ms, why in state.history
                 ],
-                "max_size": HISTORY,
+                "max_size": LATE_ATTEMPTS,
             },
             **_state_document(state),
         }

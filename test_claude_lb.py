@@ -13500,7 +13500,7 @@ class TestSharing:
         self, lab: Lab, monkeypatch: pytest.MonkeyPatch, kept: bool
     ) -> None:
         if not kept:  # then it has to ask for itself
-            monkeypatch.setattr(claude_lb, "HISTORY_BYTES", 1000)
+            monkeypatch.setattr(claude_lb, "SHARED_BYTES", 1000)
         turns, first = [lab.gate(), lab.gate()], delta("x" * 2000)
         proxy, up = sharing(lab, by_turns(turns, first))
         (one,) = ask_alike(proxy, 1, BLANK_BODY, to=first)
@@ -18681,7 +18681,7 @@ class TestRequestStream:
     def test_a_slow_one_is_dropped(
         self, lab: Lab, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(claude_lb, "HISTORY_BYTES", 200_000)
+        monkeypatch.setattr(claude_lb, "SHARED_BYTES", 200_000)
         kept = keeping(lab, lab.upstream())
         chronicle, relay = kept.server.chronicle, kept.server.relay
         slow, quick = listener(kept), listener(kept)
