@@ -7308,14 +7308,10 @@ class _AccountTable:
             with contextlib.closing(open_database(self.path)) as db:
                 db.execute("PRAGMA synchronous=FULL")
                 db.execute("PRAGMA secure_delete=ON")
-                db.execute("BEGIN IMMEDIATE")
-                try:
+                with transaction(db):
                     self.restore(db)
                     yield db
                     self._backup.write(db)
-                    db.execute("COMMIT")
-                finally:
-                    db.rollback()
         except (sqlite3.Error, OSError, NewerSchemaError) as error:
             raise self._cannot("written", error) from error
 
