@@ -5349,31 +5349,6 @@ _DROP_CLASSES = _DROP_TOTALS.replace("totals", "first_bytes")
 
 _RESET_ACCOUNTS = "UPDATE accounts SET request_count = 0, last_used = NULL"
 _CLEAR = ("DELETE FROM requests", "DELETE FROM totals", "DELETE FROM first_bytes")
-_SAVED_NAMES = (
-    "id",
-    "name",
-    "refresh_token",
-    "access_token",
-    "expires_at",
-    "created_at",
-    "last_used",
-    "request_count",
-    "plan_type",
-    "supported_models",
-    "usage_window_start",
-    "usage_window_requests",
-    "mode",
-    "api_key",
-    "paused",
-    "needs_login",
-    "weight",
-    "refresh_begun_at",
-    "refreshed_at",
-)
-_SAVE_ACCOUNT = (
-    f"INSERT OR IGNORE INTO accounts({','.join(_SAVED_NAMES)})"  # noqa: S608 - names
-    f" VALUES ({','.join('?' * len(_SAVED_NAMES))})"
-)
 
 
 # -- the file and its schema -------------------------------------------------
@@ -6047,23 +6022,29 @@ def request_document(record: ExchangeRecord) -> dict[str, Any]:
     return row
 
 
-def readable_accounts(path: str) -> list[tuple[object, ...]]:
-    """Return the accounts that a damaged file still shows."""
-    saved: list[tuple[object, ...]] = []
+def readable_accounts(path: str) -> list[dict[str, object]]:
+    """Return the accounts that a damaged file still shows, by name of column."""
+    saved: list[dict[str, object]] = []
     with (
         contextlib.suppress(sqlite3.Error),
         contextlib.closing(sqlite3.connect(path, timeout=1.0)) as db,
     ):
         db.row_factory = sqlite3.Row
         for row in db.execute("SELECT * FROM accounts"):
-            there = row.keys()
-            saved.append(tuple(row[n] if n in there else None for n in _SAVED_NAMES))
+            saved.append(dict(row))
     return saved
 
 
-def save_accounts(db: sqlite3.Connection, accounts: Iterable[Sequence[object]]) -> None:
+def save_accounts(
+    db: sqlite3.Connection, accounts: Iterable[Mapping[str, object]]
+) -> None:
     """Put accounts, as `readable_accounts` returns them, beside those there are."""
-    db.executemany(_SAVE_ACCOUNT, accounts)
+    ours = _columns_of(db, "accounts")
+    for account in accounts:
+        row = {name: value for name, value in account.items() if name in ours}
+        names = ",".join(row)
+        start = f"INSERT OR IGNORE INTO accounts({names}) VALUES "  # noqa: S608 - ours
+        _put_rows(db, start, [tuple(row.values())])
 
 
 # ============================================================================
@@ -6189,7 +6170,7 @@ class _Place:
         return self._begin(restored=lost)
 
     def _begin(
-        self, *, restored: bool, accounts: Sequence[Sequence[object]] = ()
+        self, *, restored: bool, accounts: Sequence[Mapping[str, object]] = ()
     ) -> sqlite3.Connection:
         """Open the file; one made in place of another gets the accounts back."""
         db = self._db = self._connect(self.path)
