@@ -143,6 +143,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, cast
 # it.  Defaults that a user may set live on the fields of MODEL instead.
 
 VERSION = "1.0.0"
+ANTHROPIC, OPENAI, ZED = DIALECTS = ("anthropic", "openai", "zed")
+ZED_MODES = ("normal", "burn", "max", "auto")
 PROXY_NAME = "claude_lb"
 DEFAULT_PORT = 13255  # what users of the Node balancer have in their settings
 ANTHROPIC_URL = "https://api.anthropic.com"
@@ -252,6 +254,9 @@ TOKEN_LIFE_MOST_S = 400 * 86_400.0  # setup tokens live for a year
 LAST_MS = 2.5e14  # later times, which another program may have stored, are no dates
 LOGIN_S = 600.0  # from the login's address to its code
 
+CHAT_TARGET = "/chat/completions"
+ZED_TARGET = "/completions"
+
 CRLF = b"\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
@@ -293,6 +298,8 @@ REQUEST_DROPS = frozenset(
     b" content-length".split()
 )
 REQUEST_DROP_PREFIXES = (b"proxy-", b"x-forwarded-", b"x-claude-lb-")
+# And where the upstream is none of Anthropic's: what only its API understands.
+FOREIGN_DROP_PREFIXES = (b"anthropic-", b"x-claude-code-", b"x-stainless-", b"x-app")
 # Taken from answers besides hop-by-hop fields and CORS fields: what speaks for the
 # upstream's own host (HSTS would pin localhost to https).
 ANSWER_DROPS = frozenset(b"set-cookie server alt-svc strict-transport-security".split())
@@ -502,6 +509,71 @@ class AuthType(Enum):
     AUTH_TOKEN = "auth_token"  # noqa: S105 - the name of a scheme
     PASSTHROUGH = "passthrough"
     OAUTH = "oauth"  # of a stored account, whose token changes while we run
+    MINTED = "minted"  # a token that its service makes of it, and that runs out
+
+
+class OpenAISettings(NamedTuple):
+    """What an OpenAI-compatible server takes, where they differ."""
+
+    #: Path behind the base URL, with its query, in place of /chat/completions.
+    path: str = ""
+    #: Header field of the credential; "" is Authorization: Bearer.
+    key_field: str = ""
+    #: max_tokens or max_completion_tokens.
+    max_tokens_field: str = "max_tokens"
+    #: Takes documents, as file parts.
+    files: bool = False
+    #: Takes reasoning_effort, and earlier thinking as reasoning_content.
+    reasoning: bool = True
+    #: Takes stream_options.include_usage.
+    stream_usage: bool = True
+    #: Goes into every request's body.
+    extra_body: Mapping[str, Any] = {}
+
+
+class ZedSettings(NamedTuple):
+    """How conversations become threads at Zed's service.
+
+    The names are those of the Provider Balancer's `zed_config`.
+    """
+
+    #: normal, burn or auto (burn where something speaks for it).
+    default_mode: str = "normal"
+    #: Names in ZED's TRIGGERS.
+    auto_burn_mode_triggers: tuple[str, ...] = ()
+    max_context_tokens: int = 120_000
+    #: Of the context: a thread that is fuller is left for a new one.
+    rotation_threshold: float = 0.8
+    #: Accepted; nothing is summarised, messages are never edited.
+    summarization_method: str = "ai"
+    summarization_max_length: int = 2000
+    #: A thread that was not used for so long is left for a new one.
+    ttl_s: float = 3600.0
+    auto_rotate: bool = True
+    #: A new task gets a new thread.
+    task_based_isolation: bool = True
+    #: Attempts of one request, where its thread or prompt is refused.
+    max_retries: int = 3
+    #: Error codes after which a new thread, and a new prompt, is tried.
+    rotation_errors: tuple[str, ...] = (
+        "context_length_exceeded",
+        "thread_expired",
+        "thread_not_found",
+        "thread_limit_reached",
+        "invalid_thread_state",
+        "thread_corrupted",
+    )
+    continuation_errors: tuple[str, ...] = (
+        "tool_calls_limit_exceeded",
+        "user_interaction_required",
+    )
+    #: current, or older: with intent and mode.
+    wire: str = "current"
+    organization_id: str = ""
+    version: str = "0.999.0"
+
+
+USUAL_OPENAI, USUAL_ZED = OpenAISettings(), ZedSettings()
 
 
 @dataclass(frozen=True, eq=False)
@@ -518,6 +590,12 @@ class Endpoint:
     prefix: str
     auth_type: AuthType
     credential: Secret | None
+    #: The wire format that it speaks: a name in DIALECTS.
+    dialect: str = ANTHROPIC
+    #: Path and query that messages go to, for dialects whose path is another.
+    target: str = ""
+    openai: OpenAISettings = USUAL_OPENAI
+    zed: ZedSettings = USUAL_ZED
     enabled: bool = True
     #: Serves the paths that are not balanced.
     default: bool = False
@@ -557,7 +635,7 @@ class Endpoint:
 def service_of(endpoint: Endpoint) -> tuple[object, ...]:
     """Return what says which account is reached, and how, whatever the name."""
     e = endpoint
-    reached = (e.secure, e.host, e.port, e.prefix, e.ca_file, e.proxy)
+    reached = (e.secure, e.host, e.port, e.prefix, e.ca_file, e.proxy, e.dialect)
     return (*reached, e.auth_type, e.credential, e.account)
 
 
@@ -689,6 +767,8 @@ class RouteStep(NamedTuple):
     model: str | None
     #: None: the endpoint's own.
     priority: int | None
+    #: Of an endpoint that speaks Zed's dialect: normal, burn, auto; "": its own.
+    mode: str = ""
 
 
 class Route(NamedTuple):
@@ -1012,7 +1092,8 @@ _WANTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 # The same where only some words will do: word -> what it becomes
 _CHOICES: dict[str, dict[str, Any]] = {
     "strategy": {n: n for n in ("priority", "round_robin", "random")},
-    "dialect": {"anthropic": "", "openai": "OpenAI", "zed": "Zed"},
+    "dialect": {n: n for n in DIALECTS},
+    "mode": {n: n for n in ZED_MODES},
     "auth": {n: n for n in ("api_key", "auth_token", "passthrough", "oauth")},
     "color": {"true": "auto", "false": "off"},
     "format": {"true": "json", "false": "text"},
@@ -1052,13 +1133,13 @@ def _settings(table: str) -> dict[str, _Setting]:
 # The Provider Balancer: providers.yaml, and config.yaml with more settings.
 _PROVIDER = """
     name         text     name
-    type         dialect  _.dialect
+    type         dialect  dialect
     base_url     text     baseURL
     auth_type    auth     authType
     auth_value   text     authToken
     enabled      flag     enabled
     proxy        text     proxy
-    zed_config                later
+    zed_config   object   zed
     account_email             none   accounts have names: claude_lb.py accounts add
     streaming_mode            none   every stream is passed on as it comes
     big_model,small_model     none   model_routes name the models
@@ -1068,7 +1149,8 @@ _ROUTE = """
     model        text     model
     priority     whole    priority
     enabled      flag     enabled
-    account_email,mode        later
+    mode         mode     mode
+    account_email             later
 """
 _PROVIDERS_FILE = """
     providers     list    _.providers  becomes endpoints
@@ -1298,23 +1380,22 @@ class _Reading:
         off = isinstance(raw, Mapping) and raw.get("enabled") is False
         needs = ("name", "type", "base_url", *(() if off else ("auth_value",)))
         endpoint = {"enabled": True, **self.entry(raw, _PROVIDER, path, needs)}
-        dialect = endpoint.pop("_").get("dialect")
-        why = f"speaks the {dialect} dialect" if dialect else ""
+        endpoint.pop("_")
+        if endpoint.get("dialect") == ANTHROPIC:
+            del endpoint["dialect"]
+        elif endpoint.get("dialect") == ZED:
+            endpoint.pop("authType", None)  # its service has a way of its own
         given = {endpoint.get("authType"), endpoint.get("authToken")}
         if given & {"passthrough", "oauth"}:
             endpoint["authType"] = "passthrough"
             endpoint.pop("authToken", None)
-        if why and endpoint["enabled"]:
-            self.notes.append(
-                f"{path}: disabled: it {why}, which this version does not"
-            )
         if "oauth" in given and endpoint["enabled"]:
             self.logins = True
             self.notes.append(
                 f"{path}: disabled: its OAuth logins are in a keyring; log in again:"
                 " claude_lb.py accounts add NAME (stored accounts serve with this file)"
             )
-        endpoint["enabled"] &= not (why or "oauth" in given)
+        endpoint["enabled"] &= "oauth" not in given
         return endpoint
 
     def providers(self, raw: Iterable[Any]) -> dict[str, dict[str, Any]]:
@@ -1530,6 +1611,8 @@ _LOOSE_PROLOGUE = re.compile(
 
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+(?:%[\w.-]+)?")
+# What people copy along from an example's address
+_CALL_PATH = re.compile(r"(?<=/v1)/messages$|/chat/completions$")
 _KINDS = {str: "a text", list: "a list", dict: "an object", type(None): "null"}
 
 
@@ -1668,7 +1751,91 @@ def _service_url(value: Any, path: str, faults: _Faults) -> str | None:
     return url if parts else None
 
 
+def _json_object(value: Any, path: str, faults: _Faults) -> dict[str, Any] | None:
+    if isinstance(value, dict):
+        return value
+    faults.wrong(path, "an object", value)
+    return None
+
+
+def _field_name(value: Any, path: str, faults: _Faults) -> str | None:
+    name = _text(value, path, faults)
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9-]{1,64}", name):
+        faults.add(path, "expected the name of a header field, such as api-key")
+    return name
+
+
+def _target(value: Any, path: str, faults: _Faults) -> str | None:
+    text = _text(value, path, faults)
+    if text is not None and not (text.startswith("/") and is_sendable(text)):
+        faults.add(path, "expected a path such as /chat/completions?api-version=1")
+    return text
+
+
+def _part(keys: Mapping[str, tuple[str, _Reader]]) -> _Reader:
+    """Return the reader of an object whose values belong to the one around it."""
+    return lambda value, path, faults: _read_keys(value, path, keys, faults)
+
+
+def _settings_of(settings: type, keys: Mapping[str, tuple[str, _Reader]]) -> _Reader:
+    def read(value: Any, path: str, faults: _Faults) -> Any:
+        return settings(**_flat(_read_keys(value, path, keys, faults)))
+
+    return read
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with those of the parts among them, whose names begin with +."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(_flat(value) if name.startswith("+") else {name: value})
+    return flat
+
+
 # JSON name -> (field of the settings class, reader)
+_OPENAI_KEYS: dict[str, tuple[str, _Reader]] = {
+    "path": ("path", _target),
+    "keyField": ("key_field", _field_name),
+    "maxTokensField": (
+        "max_tokens_field",
+        _choice("max_tokens", "max_completion_tokens"),
+    ),
+    "files": ("files", _flag),
+    "reasoning": ("reasoning", _flag),
+    "streamUsage": ("stream_usage", _flag),
+    "extraBody": ("extra_body", _json_object),
+}
+_ZED_CONTEXT_KEYS: dict[str, tuple[str, _Reader]] = {
+    "max_context_tokens": ("max_context_tokens", _number(1, 10_000_000, whole=True)),
+    "rotation_threshold": ("rotation_threshold", _number(0.01, 1)),
+    "summarization_method": ("summarization_method", _text),
+}
+_ZED_ERROR_KEYS: dict[str, tuple[str, _Reader]] = {
+    "thread_rotation_errors": ("rotation_errors", _texts),
+    "prompt_continuation_errors": ("continuation_errors", _texts),
+}
+_ZED_THREAD_KEYS: dict[str, tuple[str, _Reader]] = {
+    "ttl": ("ttl_s", _number(1, 31_536_000)),
+    "auto_rotate": ("auto_rotate", _flag),
+    "task_based_isolation": ("task_based_isolation", _flag),
+    "max_retries": ("max_retries", _number(1, 10, whole=True)),
+    "summarization_max_length": (
+        "summarization_max_length",
+        _number(0, 1_000_000, whole=True),
+    ),
+    "error_classification": ("+errors", _part(_ZED_ERROR_KEYS)),
+}
+_ZED_KEYS: dict[str, tuple[str, _Reader]] = {
+    "default_mode": ("default_mode", _choice(*ZED_MODES)),
+    "auto_burn_mode_triggers": ("auto_burn_mode_triggers", _texts),
+    "context_management": ("+context", _part(_ZED_CONTEXT_KEYS)),
+    "thread_management": ("+threads", _part(_ZED_THREAD_KEYS)),
+    "max_context_tokens": _ZED_CONTEXT_KEYS["max_context_tokens"],
+    "thread_ttl": _ZED_THREAD_KEYS["ttl"],
+    "wire": ("wire", _choice("current", "older")),
+    "organization_id": ("organization_id", _text),
+    "version": ("version", _text),
+}
 _SERVER_KEYS: dict[str, tuple[str, _Reader]] = {
     "host": ("host", _text),
     "port": ("port", _number(0, 65535, whole=True)),
@@ -1737,6 +1904,7 @@ _STEP_KEYS: dict[str, tuple[str, _Reader]] = {
     "model": ("model", _text),
     "priority": ("priority", _number(-1000, 1000, whole=True)),
     "enabled": ("enabled", _flag),
+    "mode": ("mode", _choice(*ZED_MODES)),
 }
 _ENDPOINT_KEYS: dict[str, tuple[str, _Reader]] = {
     "baseURL": ("base_url", _text),
@@ -1754,6 +1922,9 @@ _ENDPOINT_KEYS: dict[str, tuple[str, _Reader]] = {
     "priority": ("priority", _number(-1000, 1000, whole=True)),
     "models": ("models", _texts),
     "plan": ("plan", _text),
+    "dialect": ("dialect", _choice(*DIALECTS)),
+    "openai": ("openai", _settings_of(OpenAISettings, _OPENAI_KEYS)),
+    "zed": ("zed", _settings_of(ZedSettings, _ZED_KEYS)),
 }
 # What the endpoints of a group share, unless they have their own.
 _SHARED_KEYS = ("authToken", "authTokenEnv", "authTokenCommand", "authType")
@@ -1847,7 +2018,7 @@ def url_parts(url: str) -> tuple[bool, str, int, str]:
     parts = urllib.parse.urlsplit(url)
     secure = parts.scheme == "https"
     path_only = re.sub(r"/+", "/", parts.path).rstrip("/")
-    prefix = re.sub(r"/v1(?:/messages)?$", "", path_only)
+    prefix = re.sub(r"/v1$", "", _CALL_PATH.sub("", path_only))
     return secure, parts.hostname or "", parts.port or (443 if secure else 80), prefix
 
 
@@ -1887,9 +2058,49 @@ def _read_token(
     token = str(text)
     if _PLACEHOLDER.search(token):
         faults.add(where, "this is a placeholder: put the endpoint's own token here")
-    elif not is_sendable(token):
+    elif raw.get("dialect") == ZED and not re.fullmatch(r"[!-~]+ [!-~]+", token):
+        faults.add(where, "expected the user's id, a space and the access token")
+    elif raw.get("dialect") != ZED and not is_sendable(token):
         faults.add(where, "a token holds visible ASCII characters only, no spaces")
     return Secret(token)
+
+
+def _auth_type(values: Mapping[str, Any], credential: Secret | None) -> AuthType:
+    """Return how an endpoint wants its credential: as stated, else as it looks."""
+    if values.get("dialect") == ZED:
+        return AuthType.MINTED
+    if "auth_type" in values:
+        return AuthType(values["auth_type"])
+    oauth = credential is not None and credential.reveal().startswith("sk-ant-oat")
+    bearer = oauth or values.get("dialect") == OPENAI
+    return AuthType.AUTH_TOKEN if bearer else AuthType.API_KEY
+
+
+def _dialect_target(values: Mapping[str, Any], dialect: str) -> str:
+    """Return where messages go behind the prefix, "" where the client says it."""
+    if dialect != OPENAI:
+        return ZED_TARGET if dialect == ZED else ""
+    path = values.get("openai", USUAL_OPENAI).path or CHAT_TARGET
+    return f"{version_path(values['base_url'])}{path}"
+
+
+def version_path(url: str) -> str:
+    """Return /v1 where a base URL ends with it, or has no path; else "".
+
+    OpenAI-compatible servers have base URLs of both kinds, and other versions.
+    """
+    path = _CALL_PATH.sub("", urllib.parse.urlsplit(url).path.rstrip("/"))
+    return "/v1" if not path or path.endswith("/v1") else ""
+
+
+def _dialect_faults(values: Mapping[str, Any], path: str, faults: _Faults) -> None:
+    """Note settings of another dialect than the endpoint's."""
+    dialect = values.get("dialect", ANTHROPIC)
+    for name in (OPENAI, ZED):
+        if name in values and dialect != name:
+            faults.add(f"{path}.{name}", f'is for endpoints with "dialect": "{name}"')
+    if dialect == ZED and "auth_type" in values:
+        faults.add(f"{path}.authType", "Zed's service makes tokens of its own")
 
 
 def _read_proxy(url: str, path: str, faults: _Faults) -> str | None:
@@ -1918,6 +2129,7 @@ def _read_endpoint(
     elif "baseURL" not in raw:
         hint = near_miss("baseURL", [k for k in raw if k not in _ENDPOINT_KEYS])
         faults.add(path, f"baseURL is missing{hint}")
+    _dialect_faults(values, path, faults)
     enabled = values.get("enabled", True)
     credential = _read_token(values, path, source, faults) if enabled else None
     name = values.get("name", url[1] if url else "endpoint")
@@ -1931,8 +2143,7 @@ def _read_endpoint(
     if url is None or len(faults.lines) > before:
         return None
     secure, host, port, prefix = url
-    oauth = credential is not None and credential.reveal().startswith("sk-ant-oat")
-    usual = AuthType.AUTH_TOKEN if oauth else AuthType.API_KEY
+    dialect = values.get("dialect", ANTHROPIC)
     return Endpoint(
         name=name,
         base_url=values["base_url"],
@@ -1940,8 +2151,12 @@ def _read_endpoint(
         host=host,
         port=port,
         prefix=prefix,
-        auth_type=AuthType(values.get("auth_type", usual.value)),
+        auth_type=_auth_type(values, credential),
         credential=credential,
+        dialect=dialect,
+        target=_dialect_target(values, dialect),
+        openai=values.get("openai", USUAL_OPENAI),
+        zed=values.get("zed", USUAL_ZED),
         enabled=enabled,
         default=values.get("default", False),
         ca_file=values.get("ca_file"),
@@ -2051,7 +2266,8 @@ def _read_step(
         return None
     model = values.get("model", "passthrough")
     sent = None if model == "passthrough" else model
-    return RouteStep(name, group, sent, values.get("priority"))
+    mode = values.get("mode", "")
+    return RouteStep(name, group, sent, values.get("priority"), mode)
 
 
 def _with_plan(
@@ -2530,8 +2746,12 @@ def _credential_line(endpoint: Endpoint) -> bytes:
     """Return the header line that carries an endpoint's own credential."""
     if endpoint.credential is None:
         return b""
-    secret = endpoint.credential.reveal().encode("ascii")
-    if endpoint.auth_type is AuthType.AUTH_TOKEN:
+    secret, field = endpoint.credential.reveal().encode("ascii"), b""
+    if endpoint.dialect == OPENAI:
+        field = endpoint.openai.key_field.encode("ascii")
+    if field:
+        return field + b": " + secret + CRLF
+    if endpoint.auth_type is AuthType.AUTH_TOKEN or endpoint.dialect == OPENAI:
         return b"authorization: Bearer " + secret + CRLF
     return b"x-api-key: " + secret + CRLF
 
@@ -2553,21 +2773,23 @@ def upstream_head(
 
     `via` names this process, so that a request that comes round is known again.
     `credentials` are lines for endpoints without a credential of their own: the
-    client's, or those of an account.
+    client's, or those of an account; and what a dialect adds.
     """
     listed = connection_options(head.values)
+    foreign = endpoint.dialect != ANTHROPIC
+    drop_prefixes = REQUEST_DROP_PREFIXES + (FOREIGN_DROP_PREFIXES if foreign else ())
     # What we look into must come plain; POST makes the things whose ids we pin
     plain = head.method == "POST" or is_edited(head.path)
     kept = [
         line
         for name, line in head.lines
-        if not _dropped(name, REQUEST_DROPS, REQUEST_DROP_PREFIXES)
+        if not _dropped(name, REQUEST_DROPS, drop_prefixes)
         and name not in listed
         and not (plain and name == b"accept-encoding")
     ]
     if plain:
         kept.append(b"accept-encoding: identity")
-    if b"anthropic-version" not in head.values:
+    if b"anthropic-version" not in head.values and not foreign:
         kept.append(b"anthropic-version: " + ANTHROPIC_VERSION.encode())
     if b"content-type" not in head.values and head.method in ("POST", "PUT", "PATCH"):
         kept.append(b"content-type: application/json")
@@ -2575,16 +2797,16 @@ def upstream_head(
         kept = _with_beta(kept, head.values.get(b"anthropic-beta", ""))
     before = head.values.get(b"x-claude-lb-via", "")
     marks = f"{before}, {via}" if before else via
-    start = f"{head.method} {endpoint.prefix}{head.target} HTTP/1.1\r\nHost: "
-    passing = endpoint.auth_type in (AuthType.PASSTHROUGH, AuthType.OAUTH)
-    return b"%b%b\r\n%bx-claude-lb-via: %b\r\n%b" % (
+    target = endpoint.target if foreign else head.target
+    start = f"{head.method} {endpoint.prefix}{target} HTTP/1.1\r\nHost: "
+    own = endpoint.auth_type in (AuthType.API_KEY, AuthType.AUTH_TOKEN)
+    return b"%b%b\r\n%bx-claude-lb-via: %b\r\n%b%b" % (
         start.encode("latin-1"),
         endpoint.authority.encode("ascii"),
         b"".join(line + CRLF for line in kept),
         marks.encode("latin-1"),
-        b"".join(line + CRLF for line in credentials)
-        if passing
-        else _credential_line(endpoint),
+        b"".join(line + CRLF for line in credentials) if foreign or not own else b"",
+        _credential_line(endpoint) if own else b"",
     )
 
 
