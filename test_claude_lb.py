@@ -18,6 +18,7 @@ import asyncio
 import base64
 import collections
 import contextlib
+import copy
 import errno
 import gc
 import gzip
@@ -19735,3 +19736,1023 @@ class TestTwoStores:
         with pytest.raises(AccountError, match="later version"):
             desk.book.all()
         assert desk.book.poll() is False
+
+
+MESSAGE = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m"}
+
+
+def halves(data: bytes) -> Iterator[list[bytes]]:
+    """Yield `data` in every split into two, then byte by byte."""
+    yield from ([data[:at], data[at:]] for at in range(len(data) + 1))
+    yield [data[at : at + 1] for at in range(len(data))]
+
+
+def cut_at_random(data: bytes, rng: random.Random) -> list[bytes]:
+    """Return `data` in pieces, some of them empty."""
+    ends = sorted(rng.randrange(len(data) + 1) for _ in range(rng.randrange(1, 40)))
+    return [data[a:b] for a, b in zip([0, *ends], [*ends, len(data)])]
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+class TestLineReader:
+    @pytest.mark.parametrize(
+        ("stream", "lines", "rest"),
+        [
+            (b"", [], b""),
+            (b"a", [], b"a"),
+            (b"a\nb\n", [b"a", b"b"], b""),
+            (b"a\r\nb\r\n", [b"a", b"b"], b""),
+            (b"a\rb\r", [b"a", b"b"], b""),
+            (b"\n\r\n\rx", [b"", b"", b""], b"x"),
+            (b"a\r\r\nb\n\rc", [b"a", b"", b"b", b""], b"c"),
+            (BOM + b"a\n" + BOM + b"b\n", [b"a", BOM + b"b"], b""),
+            (BOM + BOM + b"a\n", [BOM + b"a"], b""),
+            (BOM + b"a", [], b"a"),
+            (BOM, [], b""),
+            (b"\xef\xbb\n", [b"\xef\xbb"], b""),
+            (
+                "a\u2028b\x0b\x0c\x85c\nd".encode(),
+                ["a\u2028b\x0b\x0c\x85c".encode()],
+                b"d",
+            ),
+            ("é你🙂\r\n🙂".encode(), ["é你🙂".encode()], "🙂".encode()),
+        ],
+    )
+    def test_lines_in_every_split(
+        self, stream: bytes, lines: list[bytes], rest: bytes
+    ) -> None:
+        for pieces in halves(stream):
+            reader, found = claude_lb.LineReader(), list[bytes]()
+            for piece in pieces:
+                found += reader.feed(piece)
+            assert (found, reader.rest()) == (lines, rest)
+
+    def test_nothing_between_cr_and_lf_does_not_part_them(self) -> None:
+        reader = claude_lb.LineReader()
+        fed = [reader.feed(piece) for piece in (b"a\r", b"", b"\nb", b"\r", b"\n")]
+        assert fed == [[b"a"], [], [], [b"b"], []]
+
+    def test_a_line_without_end_is_an_error(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "LINE_BYTES", 100)
+        reader = claude_lb.LineReader()
+        assert reader.feed(b"x" * 100) == []
+        with pytest.raises(ValueError, match="without end"):
+            reader.feed(b"x")
+
+
+class TestDataReader:
+    @pytest.mark.parametrize(
+        ("stream", "data", "rest"),
+        [
+            (b"data: a\n\n", [b"a"], b""),
+            (b"data:a\n\n", [b"a"], b""),
+            (b"data:  two spaces\n\n", [b" two spaces"], b""),
+            (b"data: a\rdata: b\r\r", [b"a\nb"], b""),
+            (b"data: a\r\n\r\ndata: b\r\n\r\n", [b"a", b"b"], b""),
+            (BOM + b"data: a\n\n", [b"a"], b""),
+            (b"data\n\ndata:\n\n", [b"", b""], b""),
+            (b"data\ndata: a\n\n", [b"\na"], b""),
+            (b"database: a\n\nData: b\n\n", [], b""),
+            (b": one\n\n:\n\n: two\n", [], b""),
+            (b"event: x\nid: 1\nretry: 5\n\n", [], b""),
+            (b": c\nevent: x\ndata: a\nid: 1\n\n", [b"a"], b""),
+            (b"data: a\n\ndata: b\n", [b"a"], b"b"),
+            (b"data: a\ndata: b", [], b"a\nb"),
+            (b"data: a\n\ndat", [b"a"], b""),
+            (b"event: x", [], b""),
+            ('data: {"t":"\u2028"}\n\n'.encode(), ['{"t":"\u2028"}'.encode()], b""),
+            ("data: 🙂\n\n".encode(), ["🙂".encode()], b""),
+        ],
+    )
+    def test_events_in_every_split(
+        self, stream: bytes, data: list[bytes], rest: bytes
+    ) -> None:
+        for pieces in halves(stream):
+            reader, found = claude_lb.DataReader(), list[bytes]()
+            for piece in pieces:
+                found += reader.feed(piece)
+            assert (found, reader.rest()) == (data, rest)
+
+    def test_a_long_line_in_many_pieces(self) -> None:
+        reader, piece = claude_lb.DataReader(), b"x" * 16_384
+        reader.feed(b"data: ")
+        assert [reader.feed(piece) for _ in range(512)] == [[]] * 512
+        assert reader.feed(b"\n\n") == [piece * 512]
+
+    def test_an_event_without_end_is_an_error(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "LINE_BYTES", 100)
+        reader = claude_lb.DataReader()
+        assert reader.feed(b"data: 1\n\n" * 100) == [b"1"] * 100
+        with pytest.raises(ValueError, match="without end"):
+            reader.feed(b"data: 1\n" * 20)
+
+
+def events_in(stream: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """Return (name, document) of each event of a stream with one line of data each."""
+    events = []
+    for text in stream.decode().removesuffix("\n\n").split("\n\n"):
+        name, data = text.split("\n")
+        document = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {document['type']}"
+        events.append((document["type"], document))
+    return events
+
+
+class TestEvents:
+    @pytest.mark.parametrize(
+        ("value", "packed"),
+        [
+            ({"a": [1, None, True]}, b'{"a":[1,null,true]}'),
+            ("é\u2028\n", b'"\xc3\xa9\xe2\x80\xa8\\n"'),
+            ("\ud83d", b'"\\ud83d"'),  # half a pair: UTF-8 has none
+            ("\\\udc00", b'"\\\\\\udc00"'),
+        ],
+    )
+    def test_packed_is_json_in_utf_8(self, value: object, packed: bytes) -> None:
+        assert claude_lb.packed(value) == packed
+        assert json.loads(packed.decode()) == value
+
+    def test_an_event_has_its_type_as_name(self) -> None:
+        event = claude_lb.event_bytes({"type": "ping", "a": "b\nc"})
+        assert event == b'event: ping\ndata: {"type":"ping","a":"b\\nc"}\n\n'
+
+    def test_an_error(self) -> None:
+        error = {"type": "overloaded_error", "message": "full"}
+        expected = [("error", {"type": "error", "error": error})]
+        assert events_in(claude_lb.error_event("overloaded_error", "full")) == expected
+
+    def test_the_events_of_a_message(self) -> None:
+        message = {
+            **MESSAGE,
+            "content": [
+                {"type": "thinking", "thinking": "hm", "signature": "c2ln"},
+                {"type": "text", "text": "é"},
+                {"type": "tool_use", "id": "t", "name": "n", "input": {"q": "é"}},
+                {"type": "web_search_tool_result", "content": []},
+            ],
+            "stop_reason": "refusal",
+            "stop_sequence": None,
+            "stop_details": {"type": "refusal"},
+            "usage": {"output_tokens": 5},
+        }
+        events = events_in(claude_lb.events_of(message))
+        block = ["content_block_start", "content_block_delta", "content_block_stop"]
+        assert [name for name, _ in events] == [
+            "message_start",
+            *(block[0], block[1], block[1], block[2]),
+            *block,
+            *block,
+            *(block[0], block[2]),
+            *("message_delta", "message_stop"),
+        ]
+        begun = events[0][1]["message"]
+        assert (begun["content"], begun["stop_reason"]) == ([], None)
+        assert begun["stop_details"] is None
+        assert [e["delta"] for _, e in events if e["type"] == block[1]] == [
+            {"type": "thinking_delta", "thinking": "hm"},
+            {"type": "signature_delta", "signature": "c2ln"},
+            {"type": "text_delta", "text": "é"},
+            {"type": "input_json_delta", "partial_json": '{"q":"é"}'},
+        ]
+        starts = [e["content_block"] for _, e in events if e["type"] == block[0]]
+        assert starts[0] == {"type": "thinking", "thinking": "", "signature": ""}
+        assert starts[2]["input"] == {}
+        assert events[-2][1] == {
+            "type": "message_delta",
+            "delta": {
+                "stop_reason": "refusal",
+                "stop_sequence": None,
+                "stop_details": {"type": "refusal"},
+            },
+            "usage": {"output_tokens": 5},
+        }
+
+
+LETTERS = 'ab \n\r\t"\\/{}[]:,é\u2028\x85你🙂\x00\x7f'
+
+
+def some_text(rng: random.Random, most: int = 20) -> str:
+    return "".join(rng.choice(LETTERS) for _ in range(rng.randrange(most)))
+
+
+def some_value(rng: random.Random, depth: int = 0) -> Any:
+    kind = rng.randrange(7 if depth < 3 else 5)
+    if kind == 5:
+        return [some_value(rng, depth + 1) for _ in range(rng.randrange(3))]
+    if kind == 6:
+        return some_object(rng, depth + 1)
+    return (some_text(rng), rng.randrange(-9, 9), 0.5, None, True)[kind]
+
+
+def some_object(rng: random.Random, depth: int = 0) -> dict[str, Any]:
+    return {some_text(rng): some_value(rng, depth) for _ in range(rng.randrange(4))}
+
+
+def some_block(rng: random.Random) -> dict[str, Any]:
+    text, signature = some_text(rng), rng.choice(["", "c2ln", claude_lb.UNSIGNED])
+    return rng.choice(
+        [
+            {"type": "text", "text": text},
+            {"type": "text", "text": text, "citations": None},
+            {"type": "text", "text": text, "citations": [some_object(rng)]},
+            {"type": "thinking", "thinking": text, "signature": signature},
+            {"type": "thinking", "thinking": text},
+            {"type": "redacted_thinking", "data": "c2ln"},
+            {"type": "tool_use", "id": "t", "name": "n", "input": some_object(rng)},
+            {"type": "tool_use", "id": "t", "input": {}, "caller": {"type": "direct"}},
+            {"type": "server_tool_use", "id": "s", "input": some_object(rng)},
+            {"type": "web_search_tool_result", "content": [some_object(rng)]},
+            {"type": "compaction", "content": text},
+            {"type": "later", "text": text, "facts": some_object(rng)},
+        ]
+    )
+
+
+def some_message(rng: random.Random) -> dict[str, Any]:
+    usage: dict[str, Any] = {"input_tokens": 9, "output_tokens": rng.randrange(99)}
+    usage.update(
+        rng.choice(
+            [{}, {"cache_read_input_tokens": None}, {"server_tool_use": {"a": 1}}]
+        )
+    )
+    return {
+        **MESSAGE,
+        "content": [some_block(rng) for _ in range(rng.randrange(5))],
+        "stop_reason": rng.choice(["end_turn", "tool_use", "stop_sequence", None]),
+        "stop_sequence": rng.choice([None, some_text(rng)]),
+        "usage": usage,
+        **rng.choice([{}, {"container": {"id": "c"}}, {"stop_details": None}]),
+    }
+
+
+def reader_fed(pieces: Sequence[bytes]) -> claude_lb.MessageReader:
+    reader = claude_lb.MessageReader()
+    for piece in pieces:
+        reader.feed(piece)
+    return reader
+
+
+def reader_told(*documents: dict[str, Any]) -> claude_lb.MessageReader:
+    return reader_fed([claude_lb.event_bytes(document) for document in documents])
+
+
+def message_starts(**facts: Any) -> dict[str, Any]:
+    return {"type": "message_start", "message": {"id": "msg_1", "content": [], **facts}}
+
+
+def block_begins(index: int, **block: Any) -> dict[str, Any]:
+    return {"type": "content_block_start", "index": index, "content_block": block}
+
+
+def block_goes_on(index: int, kind: str, **delta: Any) -> dict[str, Any]:
+    delta = {"type": kind, **delta}
+    return {"type": "content_block_delta", "index": index, "delta": delta}
+
+
+class TestMessageReader:
+    @pytest.mark.parametrize("seed", range(60))
+    def test_puts_together_what_events_of_takes_apart(self, seed: int) -> None:
+        rng = random.Random(seed)
+        message = some_message(rng)
+        stream = claude_lb.events_of(message)
+        splits = [cut_at_random(stream, rng) for _ in range(5)]
+        for pieces in splits if seed % 10 else halves(stream):
+            reader = reader_fed(pieces)
+            assert reader.message() == message
+            assert (reader.complete, reader.error) == (True, None)
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_reads_what_the_demo_writes(self, seed: int) -> None:
+        rng = random.Random(seed)
+        body = {
+            "model": "m",
+            "max_tokens": 9,
+            "messages": [{"content": some_text(rng)}],
+        }
+        message = claude_lb.demo_message(body, "d")
+        reader = reader_fed(list(claude_lb.demo_events(message)))
+        assert reader.message() == message
+
+    @pytest.mark.parametrize(
+        ("begun", "pieces", "value"),
+        [
+            ({}, [], {}),
+            (None, [""], {}),
+            ({}, ["", " "], {}),
+            ({}, ["", '{"a', '":1', "}"], {"a": 1}),
+            ({"given": 1}, [], {"given": 1}),
+            ({}, ['{"a":'], {"arguments": '{"a":'}),
+            ({}, ["[1]"], {"arguments": "[1]"}),
+            ({}, ["plain ", "words"], {"arguments": "plain words"}),
+        ],
+    )
+    def test_the_input_of_a_tool(
+        self, begun: object, pieces: list[str], value: object
+    ) -> None:
+        deltas = [block_goes_on(0, "input_json_delta", partial_json=p) for p in pieces]
+        block = block_begins(0, type="tool_use", id="t", name="n", input=begun)
+        (found,) = reader_told(message_starts(), block, *deltas).message()["content"]
+        assert found == {"type": "tool_use", "id": "t", "name": "n", "input": value}
+
+    def test_a_tool_of_the_servers_gets_its_input_from_deltas_too(self) -> None:
+        block = block_begins(
+            0, type="server_tool_use", id="s", name="web_search", input={}
+        )
+        delta = block_goes_on(0, "input_json_delta", partial_json='{"query":"x"}')
+        (found,) = reader_told(message_starts(), block, delta).message()["content"]
+        assert found["input"] == {"query": "x"}
+
+    def test_thinking_with_its_signature(self) -> None:
+        reader = reader_told(
+            message_starts(),
+            block_begins(0, type="thinking", thinking="", signature=""),
+            block_goes_on(0, "thinking_delta", thinking="a", estimated_tokens=1),
+            block_goes_on(0, "thinking_delta", thinking="b"),
+            block_goes_on(0, "signature_delta", signature="c2ln"),
+            block_begins(1, type="redacted_thinking", data="c2ln"),
+        )
+        assert reader.message()["content"] == [
+            {"type": "thinking", "thinking": "ab", "signature": "c2ln"},
+            {"type": "redacted_thinking", "data": "c2ln"},
+        ]
+
+    @pytest.mark.parametrize("given", [{}, {"citations": None}, {"citations": []}])
+    def test_citations(self, given: dict[str, Any]) -> None:
+        reader = reader_told(
+            message_starts(),
+            block_begins(0, type="text", text="", **given),
+            block_goes_on(0, "citations_delta", citation={"n": 1}),
+            block_goes_on(0, "text_delta", text="a"),
+            block_goes_on(0, "citations_delta", citation={"n": 2}),
+        )
+        (found,) = reader.message()["content"]
+        assert found == {"type": "text", "text": "a", "citations": [{"n": 1}, {"n": 2}]}
+
+    def test_a_compaction(self) -> None:
+        delta = block_goes_on(0, "compaction_delta", content="a", encrypted_content="b")
+        block = block_begins(0, type="compaction", content=None)
+        (found,) = reader_told(message_starts(), block, delta).message()["content"]
+        assert found == {"type": "compaction", "content": "a", "encrypted_content": "b"}
+
+    def test_unknown_events_and_deltas_are_passed_over(self) -> None:
+        reader = reader_told(
+            {"type": "ping"},
+            message_starts(),
+            block_begins(0, type="text", text=""),
+            block_goes_on(0, "later_delta", text="x"),
+            block_goes_on(0, "text_delta", text="a"),
+            block_goes_on(0, "text_delta", text=7),
+            block_goes_on(0, "text_delta"),
+            {"type": "later", "delta": {"text": "x"}},
+            {"type": "content_block_stop", "index": 0},
+        )
+        assert reader.message()["content"] == [{"type": "text", "text": "a"}]
+        assert not reader.complete
+
+    def test_of_each_count_the_last_that_is_said(self) -> None:
+        cache = {"ephemeral_1h_input_tokens": 4}
+        begun = {"input_tokens": 1, "output_tokens": 1, "cache_creation": cache}
+        reader = reader_told(
+            message_starts(usage={**begun, "speed": None}),
+            {"type": "message_delta", "delta": {}, "usage": {"output_tokens": 5}},
+            {
+                "type": "message_delta",
+                "delta": {},
+                "usage": {"output_tokens": 7, "input_tokens": None, "later": None},
+            },
+            {"type": "message_delta", "delta": {}, "usage": None},
+        )
+        counts = {**begun, "output_tokens": 7, "speed": None, "later": None}
+        assert reader.message()["usage"] == counts
+
+    def test_no_usage_is_none(self) -> None:
+        end = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}
+        assert "usage" not in reader_told(message_starts(), end).message()
+
+    def test_what_is_said_of_the_whole_message(self) -> None:
+        reader = reader_told(
+            message_starts(stop_reason=None, container=None),
+            {
+                "type": "message_delta",
+                "delta": {
+                    "stop_reason": "refusal",
+                    "container": {"id": "c"},
+                    "x": None,
+                },
+                "context_management": {"applied_edits": []},
+            },
+            {"type": "message_delta", "delta": {"stop_reason": None, "late": 1}},
+        )
+        assert reader.message() == {
+            "id": "msg_1",
+            "content": [],
+            "stop_reason": "refusal",
+            "container": {"id": "c"},
+            "x": None,
+            "late": 1,
+            "context_management": {"applied_edits": []},
+        }
+
+    def test_an_error_is_kept_as_it_is(self) -> None:
+        error = {"type": "overloaded_error", "message": "full"}
+        document = {"type": "error", "error": error, "request_id": "req_1"}
+        reader = reader_told(message_starts(), document)
+        assert (reader.error, reader.complete) == (document, False)
+        assert reader_told(document).message() == {}
+
+    def test_blocks_that_overlap_stay_apart(self) -> None:
+        reader = reader_told(
+            message_starts(),
+            block_begins(0, type="text", text=""),
+            block_begins(1, type="text", text=""),
+            block_goes_on(0, "text_delta", text="a"),
+            block_goes_on(1, "text_delta", text="b"),
+            block_goes_on(0, "text_delta", text="c"),
+        )
+        assert [b["text"] for b in reader.message()["content"]] == ["ac", "b"]
+
+    def test_asking_twice_changes_nothing(self) -> None:
+        reader = reader_told(
+            message_starts(),
+            block_begins(0, type="tool_use", input={}),
+            block_goes_on(0, "input_json_delta", partial_json='{"a":1}'),
+        )
+        first = reader.message()
+        first["content"].clear()
+        assert reader.message()["content"] == [{"type": "tool_use", "input": {"a": 1}}]
+
+    @pytest.mark.parametrize(
+        "stream",
+        [
+            b"data: {broken\n\n",
+            b"data: [1]\n\n",
+            b'data: {"type":["odd"]}\n\ndata: x\n\n',
+            claude_lb.event_bytes(block_goes_on(0, "text_delta", text="a")),
+        ],
+    )
+    def test_what_cannot_be_told_is_an_error(self, stream: bytes) -> None:
+        with pytest.raises(ValueError, match=r"an event|a part"):
+            reader_fed([claude_lb.event_bytes(message_starts()), stream])
+
+    def test_what_other_servers_add_is_harmless(self) -> None:
+        stream = claude_lb.events_of({"id": "m", "content": []})
+        reader = reader_fed([b": hi\n\n", stream, b"data: [DONE]\n\ndata:\n\n"])
+        assert reader.complete
+
+    def test_broken_utf_8_is_replaced(self) -> None:
+        stream = claude_lb.event_bytes(message_starts(model="x")).replace(
+            b'"x"', b'"\xff"'
+        )
+        assert reader_fed([stream]).message()["model"] == "\ufffd"
+
+    def test_a_message_without_end_is_an_error(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "DRAFT_BYTES", 1000)
+        with pytest.raises(ValueError, match="without end"):
+            reader_told(*[{"type": "ping"}] * 100)
+
+
+SIGNED = base64.b64encode(bytes(range(64))).decode()
+MARK = json.dumps(claude_lb.UNSIGNED).encode()
+OURS = {"type": "thinking", "thinking": "é,]}", "signature": claude_lb.UNSIGNED}
+THEIRS = {"type": "thinking", "thinking": "x", "signature": SIGNED}
+WORDS = {"type": "text", "text": f'a "thinking", {claude_lb.UNSIGNED} }} ] ,'}
+CALL = {"type": "tool_use", "id": "t", "name": "n", "input": OURS}
+
+
+def turn(*blocks: object, role: str = "assistant") -> dict[str, Any]:
+    return {"role": role, "content": list(blocks)}
+
+
+def asking(*messages: object, **facts: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": list(messages), "max_tokens": 9, **facts}
+
+
+STYLES: tuple[dict[str, Any], ...] = (
+    {},
+    {"separators": (",", ":")},
+    {"indent": 2},
+    {"indent": "\r\t", "separators": (" ,", " :"), "ensure_ascii": False},
+)
+
+
+def without_ours(value: Any) -> Any:
+    """Return messages without our thinking, by taking the documents apart."""
+    messages = []
+    for message in value:
+        content = message["content"]
+        if isinstance(content, list):
+            content = [b for b in content if b != OURS]
+        if content or not message["content"]:
+            messages.append({**message, "content": content})
+    return messages
+
+
+class TestUnsigned:
+    @pytest.mark.parametrize("style", STYLES)
+    @pytest.mark.parametrize(
+        "messages",
+        [
+            [turn(OURS)],
+            [turn(OURS, WORDS)],
+            [turn(WORDS, OURS)],
+            [turn(WORDS, OURS, CALL)],
+            [turn(OURS, OURS, WORDS)],
+            [turn(OURS, WORDS, OURS)],
+            [turn(WORDS, OURS, OURS)],
+            [turn(THEIRS, OURS, WORDS, OURS, CALL, OURS, OURS)],
+            [turn(WORDS), turn(OURS)],
+            [turn(OURS), turn(WORDS)],
+            [turn(WORDS), turn(OURS), turn(CALL)],
+            [turn(OURS), turn(OURS, WORDS), turn(OURS), turn(OURS)],
+            [turn(OURS), turn(OURS)],
+            [turn(), turn(OURS, WORDS), {"role": "user", "content": ""}],
+            [{"role": "user", "content": claude_lb.UNSIGNED}, turn(WORDS, OURS)],
+        ],
+    )
+    def test_goes_and_every_other_byte_stays(
+        self, messages: list[Any], style: dict[str, Any]
+    ) -> None:
+        body = json.dumps(asking(*messages, x=[OURS]), **style).encode()
+        for given in (body, bytearray(body)):
+            found = bytes(claude_lb.without_unsigned(given))
+            left = without_ours(messages)
+            assert json.loads(found) == asking(*left, x=[OURS])
+            if "indent" not in style:
+                again = json.dumps(asking(*left, x=[OURS]), **style).encode()
+                assert found == again
+            # All that is left was there before, in this order
+            rest = iter(body)
+            assert all(byte in rest for byte in found)
+
+    @pytest.mark.parametrize("seed", range(40))
+    def test_any_mix_of_blocks(self, seed: int) -> None:
+        rng = random.Random(seed)
+        blocks = (OURS, OURS, THEIRS, WORDS, CALL)
+        messages = [
+            turn(*rng.choices(blocks, k=rng.randrange(5)))
+            for _ in range(rng.randrange(6))
+        ]
+        style = STYLES[seed % 2]
+        body = json.dumps(asking(*messages), **style).encode()
+        left = json.dumps(asking(*without_ours(messages)), **style).encode()
+        assert claude_lb.without_unsigned(body) == left
+
+    def test_signatures_that_begin_so_go_as_well(self) -> None:
+        marked = {**OURS, "signature": claude_lb.UNSIGNED + ":more"}
+        hidden = {"type": "redacted_thinking", "data": claude_lb.UNSIGNED}
+        body = json.dumps(asking(turn(marked, WORDS, hidden))).encode()
+        left = json.dumps(asking(turn(WORDS))).encode()
+        assert claude_lb.without_unsigned(body) == left
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            json.dumps(asking(turn(THEIRS, WORDS))).encode(),
+            json.dumps(asking(turn(WORDS, CALL))).encode(),
+            json.dumps(asking(turn([OURS], "x", 1, None))).encode(),
+            json.dumps(asking({"content": OURS}, {"content": None}, [OURS])).encode(),
+            json.dumps({"messages": OURS}).encode(),
+            json.dumps([asking(turn(OURS))]).encode(),
+            json.dumps(asking(turn(OURS))).encode()[:-1],
+            json.dumps(asking(turn(OURS))).encode() + b"x",
+            json.dumps(asking(turn(OURS))).encode("utf-16"),
+            b'{"messages":[{"content":[' + MARK,
+            b'{"messages":' + b"[" * 5000 + b"]" * 5000 + b"," + MARK + b":1}",
+            MARK,
+            b"",
+        ],
+    )
+    def test_what_has_none_or_cannot_be_read_stays(self, body: bytes) -> None:
+        assert claude_lb.without_unsigned(body) is body
+
+    def test_of_a_name_written_twice_the_last_counts(self) -> None:
+        one, two = json.dumps([OURS]), json.dumps([OURS, WORDS])
+        body = '{"messages":[{"content":%s,"content":%s}]}'
+        found = claude_lb.without_unsigned((body % (one, two)).encode())
+        assert found == (body % (one, json.dumps([WORDS]))).encode()
+
+
+def seal_error(message: str) -> bytes:
+    error = {"type": "invalid_request_error", "message": message}
+    return json.dumps({"type": "error", "error": error, "request_id": "r"}).encode()
+
+
+class TestForeign:
+    @pytest.mark.parametrize(
+        ("foreign", "block"),
+        [
+            (True, {"type": "thinking", "thinking": "x"}),
+            (True, {"type": "thinking", "thinking": "x", "signature": None}),
+            (True, {"type": "thinking", "thinking": "x", "signature": ""}),
+            (True, OURS),
+            (True, {"type": "thinking", "thinking": "x", "signature": "no base64"}),
+            (True, {"type": "thinking", "thinking": "x", "signature": "é" * 60}),
+            (
+                True,
+                {"type": "thinking", "thinking": "x", "signature": "claude#" + SIGNED},
+            ),
+            (True, {"type": "thinking", "thinking": "x", "signature": "A" * 41}),
+            (
+                True,
+                {"type": "thinking", "signature": base64.b64encode(b"x" * 31).decode()},
+            ),
+            (
+                False,
+                {"type": "thinking", "signature": base64.b64encode(b"x" * 32).decode()},
+            ),
+            (False, {"type": "thinking", "signature": SIGNED.rstrip("=")}),
+            (False, THEIRS),
+            (True, {"type": "redacted_thinking"}),
+            (True, {"type": "redacted_thinking", "data": "no base64!"}),
+            (False, {"type": "redacted_thinking", "data": "c2ln"}),
+            (False, WORDS),
+            (False, {"type": "tool_use", "name": "thinking", "input": OURS}),
+            (False, {"type": ["thinking"], "x": "thinking"}),
+        ],
+    )
+    def test_what_the_api_cannot_have_signed_goes(
+        self, foreign: bool, block: dict[str, Any]
+    ) -> None:
+        body = json.dumps(asking(turn(WORDS, block, CALL))).encode()
+        left = json.dumps(asking(turn(WORDS, CALL))).encode()
+        found = claude_lb.without_foreign(body, "Invalid `signature`")
+        assert found == (left if foreign else None)
+
+    def test_the_block_that_the_error_names_goes(self) -> None:
+        messages = [turn(WORDS, role="user"), turn(THEIRS, THEIRS, CALL)]
+        body = json.dumps(asking(*messages)).encode()
+        left = json.dumps(asking(messages[0], turn(THEIRS, CALL))).encode()
+        words = "messages.1.content.1: Invalid `signature` in `thinking` block"
+        assert claude_lb.without_foreign(body, words) == left
+        words = words.replace(": ", ".thinking.signature: ", 1)
+        assert claude_lb.without_foreign(bytearray(body), words) == left
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "",
+            "messages.0.content.0: Invalid `signature` in `thinking` block",  # a text
+            "messages.1.content.2: Invalid `signature` in `thinking` block",  # a call
+            "messages.7.content.0: Invalid `signature` in `thinking` block",
+            "see messages.1.content.0: Invalid `signature` in `thinking` block",
+            f"messages.1.content.{'1' * 5000}: Invalid",
+        ],
+    )
+    def test_nothing_to_take_out_is_none(self, words: str) -> None:
+        messages = [turn(WORDS, role="user"), turn(THEIRS, THEIRS, CALL)]
+        body = json.dumps(asking(*messages)).encode()
+        assert claude_lb.without_foreign(body, words) is None
+        assert claude_lb.without_foreign(body[:-1], words) is None
+
+    def test_a_turn_that_had_only_such_thinking_goes(self) -> None:
+        asked = turn(WORDS, role="user")
+        body = json.dumps(asking(asked, turn(OURS, OURS), asked)).encode()
+        left = json.dumps(asking(asked, asked)).encode()
+        assert claude_lb.without_foreign(body, "") == left
+
+
+class TestSignatureError:
+    @pytest.mark.parametrize(
+        "message",
+        [
+            "messages.1.content.0: Invalid `signature` in `thinking` block",
+            "messages.12.content.34: Invalid signature in thinking block",
+            "Invalid signature in thinking block",
+            "Invalid `signature` in thinking block",
+            "messages.1.content.0: Invalid `signature` in `thinking` block. Odd",
+            "messages.1.content.0: Invalid `data` in `redacted_thinking` block",
+            "messages.1.content.0.thinking.signature: Invalid `signature` in `thinking`"
+            " block",
+            "messages.1.content.0.thinking.signature: Field required",
+        ],
+    )
+    def test_is_one(self, message: str) -> None:
+        assert claude_lb.is_signature_error(400, seal_error(message))
+        assert not claude_lb.is_signature_error(500, seal_error(message))
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            seal_error("x: Invalid `signature` in `thinking` block"),
+            seal_error("your text 'Invalid signature in thinking block' is too long"),
+            seal_error("messages.1.content.0.text: Field required"),
+            seal_error("messages.1.content.0: Invalid `signature` in `text` block"),
+            seal_error("`thinking` blocks in the latest message cannot be modified"),
+            b'{"error":"Invalid signature in thinking block"}',
+            b'{"error":{"message":["Invalid signature in thinking block"]}}',
+            b"Invalid signature in thinking block",
+            b"",
+        ],
+    )
+    def test_is_none(self, body: bytes) -> None:
+        assert not claude_lb.is_signature_error(400, body)
+
+
+UNKNOWN_TIME = "1970-01-01T00:00:00Z"
+
+
+def model_entry(name: str, **facts: object) -> dict[str, Any]:
+    shown = {"display_name": name, "created_at": UNKNOWN_TIME, **facts}
+    return {"type": "model", "id": name, **shown}
+
+
+class TestListedModels:
+    def test_the_apis_own_list_is_kept_with_all_fields(self) -> None:
+        models = [
+            model_entry("a", max_tokens=5, later={"x": 1}),
+            {"type": "model", "id": "b"},
+        ]
+        page = {"data": models, "has_more": True, "first_id": "a", "last_id": "b"}
+        for dialect in ("anthropic", "openai"):
+            body = json.dumps(page).encode()
+            assert claude_lb.listed_models(body, dialect) == models
+
+    @pytest.mark.parametrize(
+        ("item", "expected"),
+        [
+            (
+                {"id": "a", "object": "model", "created": 1687882411, "owned_by": "o"},
+                model_entry("a", created_at="2023-06-27T16:13:31Z"),
+            ),
+            (
+                {"id": "a/b", "name": "Label: B"},
+                model_entry("a/b", display_name="Label: B"),
+            ),
+            ({"id": "a", "created": 0.5}, model_entry("a")),
+            ({"id": "a", "created": -1}, model_entry("a")),
+            ({"id": "a", "created": True}, model_entry("a")),
+            ({"id": "a", "created": "2023"}, model_entry("a")),
+            ({"id": "a", "created": 10**400}, model_entry("a")),
+            (
+                {"name": "llama3:8b", "model": "llama3:8b", "modified_at": "x"},
+                model_entry("llama3:8b"),
+            ),
+            ({"id": "", "name": "n"}, model_entry("n")),
+        ],
+    )
+    def test_other_lists_are_turned_into_it(
+        self, item: dict[str, Any], expected: dict[str, Any]
+    ) -> None:
+        for name in ("data", "models"):
+            body = json.dumps({"object": "list", name: [item]}).encode()
+            assert claude_lb.listed_models(body, "openai") == [expected]
+
+    def test_of_zeds_list_what_we_can_ask_for(self) -> None:
+        models = [
+            {"provider": "anthropic", "id": "claude-x", "display_name": "Claude X"},
+            {"provider": "open_ai", "id": "gpt-x", "display_name": "GPT X"},
+            {"id": "claude-y"},
+        ]
+        body = json.dumps({"models": models, "default_model": "gpt-x"}).encode()
+        expected = [
+            model_entry("claude-x", display_name="Claude X"),
+            model_entry("claude-y"),
+        ]
+        assert claude_lb.listed_models(body, "zed") == expected
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"",
+            b"<html>",
+            b"[]",
+            b'{"data":{}}',
+            b'{"data":"x","models":7}',
+            b'{"data":[1,null,"a",[],{},{"id":5},{"id":"a\\nb"},{"type":"model"}]}',
+            b'{"data":[{"type":"model","id":["a"]},{"type":"model","id":""}]}',
+            json.dumps({"data": [{"id": "a" * 257}]}).encode(),
+        ],
+    )
+    def test_nonsense_lists_nothing(self, body: bytes) -> None:
+        assert claude_lb.listed_models(body, "openai") == []
+
+
+class TestMergedModels:
+    def test_each_once_as_listed_then_as_named(self) -> None:
+        listed = [
+            ("one", [model_entry("b"), model_entry("a")]),
+            ("two", [model_entry("c"), model_entry("a"), model_entry("b")]),
+        ]
+        named = ["z", "a", "claude-*", "gpt-?", "!bad", "*", "y", "z"]
+        found = claude_lb.merged_models(listed, named, lambda _: True)
+        assert [m["id"] for m in found] == ["b", "a", "c", "z", "y"]
+        assert found[-1] == model_entry("y")
+
+    def test_who_says_more_of_a_model_counts(self) -> None:
+        rich = model_entry("a", max_tokens=5)
+        dated = model_entry("a", created_at="2026-01-01T00:00:00Z")
+        other = model_entry("a", created_at="2025-01-01T00:00:00Z")
+        for first, second, expected in (
+            (model_entry("a"), rich, rich),
+            (rich, dated, rich),
+            (model_entry("a"), dated, dated),
+            (dated, other, dated),
+        ):
+            listed = [("one", [first]), ("two", [second])]
+            assert claude_lb.merged_models(listed, ["a"], lambda _: True) == [expected]
+
+    def test_only_what_can_be_used(self) -> None:
+        listed = [("one", [model_entry("a"), model_entry("b")])]
+        found = claude_lb.merged_models(listed, ["c", "d"], {"b", "c"}.__contains__)
+        assert [m["id"] for m in found] == ["b", "c"]
+
+    def test_nothing_is_nothing(self) -> None:
+        assert claude_lb.merged_models([], [], lambda _: True) == []
+
+
+class TestModelsPage:
+    @pytest.mark.parametrize(
+        ("query", "first", "last", "more"),
+        [
+            ("", 0, 19, True),
+            ("limit=3", 0, 2, True),
+            ("limit=30&beta=true", 0, 29, False),
+            ("limit=1000", 0, 29, False),
+            ("after_id=m4", 5, 24, True),
+            ("limit=2&after_id=m4", 5, 6, True),
+            ("limit=5&after_id=m24", 25, 29, False),
+            ("after_id=m28", 29, 29, False),
+            ("before_id=m5", 0, 4, False),
+            ("limit=2&before_id=m5", 3, 4, True),
+            ("before_id=m25", 5, 24, True),
+            ("limit=3&before_id=m3", 0, 2, False),
+        ],
+    )
+    def test_pages(self, query: str, first: int, last: int, more: bool) -> None:
+        models = [model_entry(f"m{n}") for n in range(30)]
+        assert claude_lb.models_page(models, query) == {
+            "data": models[first : last + 1],
+            "has_more": more,
+            "first_id": f"m{first}",
+            "last_id": f"m{last}",
+        }
+
+    @pytest.mark.parametrize("query", ["after_id=b", "before_id=a"])
+    def test_an_empty_page(self, query: str) -> None:
+        page = {"data": [], "has_more": False, "first_id": None, "last_id": None}
+        assert (
+            claude_lb.models_page([model_entry("a"), model_entry("b")], query) == page
+        )
+        assert claude_lb.models_page([], "") == page
+
+    def test_pages_in_turn_show_each_model_once(self) -> None:
+        models = [model_entry(f"m{n}") for n in range(50)]
+        for cursor, end in (("after_id", "last_id"), ("before_id", "first_id")):
+            query, seen = "limit=7", list[str]()
+            if cursor == "before_id":
+                query, seen = "limit=7&before_id=m49", ["m49"]
+            for _ in range(8):
+                page = claude_lb.models_page(models, query)
+                ids = [m["id"] for m in page["data"]]
+                seen = seen + ids if cursor == "after_id" else ids + seen
+                query = f"limit=7&{cursor}={page[end]}"
+                if not page["has_more"]:
+                    break
+            assert seen == [m["id"] for m in models]
+
+    @pytest.mark.parametrize(
+        ("query", "words"),
+        [
+            ("limit=0", "limit: expected"),
+            ("limit=1001", "limit: expected"),
+            ("limit=", "limit: expected"),
+            ("limit=x", "limit: expected"),
+            ("limit=-1", "limit: expected"),
+            ("limit=1.5", "limit: expected"),
+            ("limit=%D9%A1", "limit: expected"),
+            ("limit=" + "9" * 5000, "limit: expected"),
+            ("after_id=x", "after_id: no model"),
+            ("before_id=", "before_id: no model"),
+            ("after_id=a&before_id=a", "after_id: cannot be combined"),
+            ("a&" * 20, "too many parts"),
+        ],
+    )
+    def test_nonsense_is_refused(self, query: str, words: str) -> None:
+        with pytest.raises(claude_lb.RefusedError, match=words) as caught:
+            claude_lb.models_page([model_entry("a")], query)
+        assert (caught.value.status, caught.value.close) == (400, False)
+
+
+class TestModelShapes:
+    def test_one_by_its_id(self) -> None:
+        models = [model_entry("a"), model_entry("b")]
+        assert claude_lb.model_named(models, "b") == models[1]
+        with pytest.raises(claude_lb.RefusedError, match="model: c is") as caught:
+            claude_lb.model_named(models, "c")
+        assert (caught.value.status, caught.value.close) == (404, False)
+
+    @pytest.mark.parametrize(
+        ("created_at", "created"),
+        [
+            ("2023-06-27T16:13:31Z", 1687882411),
+            ("2023-06-27T18:13:31+02:00", 1687882411),
+            (UNKNOWN_TIME, 0),
+            ("2023-06-27", 0),
+            ("soon", 0),
+            (None, 0),
+        ],
+    )
+    def test_for_clients_of_openai(self, created_at: object, created: int) -> None:
+        shown = claude_lb.openai_models([model_entry("a", created_at=created_at)])
+        facts = {"object": "model", "created": created, "owned_by": "claude_lb"}
+        assert shown == {"object": "list", "data": [{"id": "a", **facts}]}
+
+    def test_which_shape_a_client_wants(self) -> None:
+        for field in (b"anthropic-version", b"x-api-key"):
+            assert claude_lb.wants_anthropic({b"host": "x", field: ""})
+        assert not claude_lb.wants_anthropic(
+            {b"host": "x", b"authorization": "Bearer x"}
+        )
+
+
+class TestCalibration:
+    @pytest.mark.parametrize("factor", [0.6, 1.0, 1.7])
+    @pytest.mark.parametrize("seed", range(10))
+    def test_finds_a_hidden_factor(self, factor: float, seed: int) -> None:
+        rng, calibration = random.Random(seed), claude_lb.Calibration()
+        for _ in range(20):
+            words = " ".join(["some words"] * int(10 ** rng.uniform(0, 4)))
+            request = {"model": "m", "messages": [{"content": words}]}
+            estimated = claude_lb.estimate_of(request)
+            real = round(estimated * factor * rng.uniform(0.9, 1.1))
+            read_tokens = rng.randrange(real)
+            said = claude_lb.Usage(real - read_tokens, 9, read_tokens)
+            calibration.learn("m", estimated, said)
+        for estimated in (100, 5_000, 180_000):
+            found = calibration.apply("m", estimated)
+            assert abs(found / (estimated * factor) - 1) < 0.1
+
+    def test_follows_a_factor_that_changes(self) -> None:
+        calibration = claude_lb.Calibration()
+        for real in (1000, 1000, 2000):
+            for _ in range(20):
+                calibration.learn("m", 1000, claude_lb.Usage(real))
+        assert calibration.apply("m", 500) == pytest.approx(1000, rel=0.02)
+
+    def test_says_when_it_cannot_know(self) -> None:
+        calibration = claude_lb.Calibration()
+        for seen in range(3):
+            assert (calibration.seen("m"), calibration.factor("m")) == (seen, None)
+            assert calibration.apply("m", 77) == 77
+            calibration.learn("m", 100, claude_lb.Usage(200))
+        assert (calibration.seen("m"), calibration.factor("m")) == (3, 2.0)
+        assert (calibration.apply("m", 77), calibration.apply("m", 0)) == (154, 1)
+        assert calibration.factor("n") is None
+
+    def test_the_first_answers_count_alike(self) -> None:
+        calibration = claude_lb.Calibration()
+        for real in (100, 200, 300, 400, 500):
+            calibration.learn("m", 100, claude_lb.Usage(real))
+        assert calibration.factor("m") == pytest.approx(3.0)
+        calibration.learn("m", 100, claude_lb.Usage(400))
+        assert calibration.factor("m") == pytest.approx(3.2)
+
+    def test_all_of_the_input_counts(self) -> None:
+        calibration = claude_lb.Calibration()
+        for _ in range(3):
+            calibration.learn("m", 100, claude_lb.Usage(10, 999, 20, 30, 40))
+        assert calibration.factor("m") == pytest.approx(1.0)
+
+    @pytest.mark.parametrize(
+        ("estimated", "usage"),
+        [
+            (0, claude_lb.Usage(100)),
+            (-5, claude_lb.Usage(100)),
+            (100, claude_lb.Usage()),
+            (100, claude_lb.Usage(None, 5, 100, 100)),
+            (100, claude_lb.Usage(0)),
+            (100, claude_lb.Usage(-100)),
+            (100, claude_lb.Usage(10**10)),
+            (100, claude_lb.Usage(200, cache_read_tokens=-100)),
+            (100, claude_lb.Usage(100, web_searches=1)),
+        ],
+    )
+    def test_what_tells_nothing(self, estimated: int, usage: claude_lb.Usage) -> None:
+        calibration = claude_lb.Calibration()
+        calibration.learn("m", estimated, usage)
+        assert calibration.seen("m") == 0
+
+    def test_an_odd_answer_moves_it_only_so_far(self) -> None:
+        calibration = claude_lb.Calibration()
+        for real in (10**9, 10**9, 10**9):
+            calibration.learn("high", 1, claude_lb.Usage(real))
+            calibration.learn("low", real, claude_lb.Usage(1))
+        assert calibration.factor("high") == pytest.approx(5.0)
+        assert calibration.factor("low") == pytest.approx(0.2)
+
+    def test_who_was_learnt_of_least_lately_goes(self) -> None:
+        calibration = claude_lb.Calibration()
+        for number in range(256):
+            calibration.learn(f"m{number}", 100, claude_lb.Usage(100))
+        calibration.learn("m0", 100, claude_lb.Usage(100))
+        calibration.learn("new", 100, claude_lb.Usage(100))
+        seen = [calibration.seen(name) for name in ("m0", "m1", "m2", "m255", "new")]
+        assert seen == [2, 0, 1, 1, 1]
