@@ -4764,6 +4764,1099 @@ def _object_of(event: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 # ============================================================================
+# 14. OPENAI (pure)
+# ============================================================================
+#
+# A request of the Messages API as one of Chat Completions.  Rule: a thing is
+# translated, or refused with its path, or stands in a table of the README.
+# Facts: tool results must follow the calls at once, and hold text alone; DeepSeek
+# refuses lists of parts, other servers join their texts with a line feed, and so do
+# we; a user's name may have 64 characters.
+
+#: Stands before the text of a tool's result that is an error.
+TOOL_ERROR = "[error] "
+#: What a request or an answer loses on its way: (field, what becomes of it).
+
+#: Members of a request that have no meaning elsewhere; the README lists them.
+OPENAI_DROPS = frozenset(
+    (
+        *("cache_control", "diagnostics", "speed", "context_management", "compaction"),
+        *("fallbacks", "fallback_credit_token", "billing_policy", "tags", "betas"),
+        *("anthropic_beta", "anthropic_version"),
+    )
+)
+_READ = frozenset(
+    (
+        *("model", "messages", "max_tokens", "system", "tools", "tool_choice"),
+        *("thinking", "metadata", "stream", "output_config", "output_format"),
+        *("stop_sequences", "service_tier", "temperature", "top_p", "top_k"),
+        *("container", "mcp_servers", "thread", "inference_geo"),
+    )
+)
+_AT_ANTHROPIC = {
+    "container": "containers live on Anthropic's servers",
+    "mcp_servers": "only Anthropic's servers can call MCP servers",
+    "thread": "threads are kept by Anthropic's servers",
+}
+_ODD = re.compile(r"[^A-Za-z0-9_-]")
+_TYPE_WORDS = {str: "a text", dict: "an object", list: "a list", int: "a number"}
+_SAMPLING = ("temperature", "top_p", "top_k")
+_SERVICE_TIERS = {"auto": "auto", "standard_only": "default"}
+_EFFORTS = {n: n for n in ("low", "medium", "high")} | {"xhigh": "high", "max": "high"}
+_TOOL_CHOICES = {"auto": "auto", "any": "required", "tool": "function", "none": "none"}
+_OPEN_THINKING = (None, "adaptive", "between_tools")
+_STOPS = 4  # source: OpenAI's reference of `stop`
+_USER_LENGTH = 64
+_NAME_LENGTH = 64
+_SILENT = ("redacted_thinking", "fallback")
+
+_Blocks = list[tuple[str, dict[str, Any]]]
+_Parts = list[dict[str, Any]]
+_T = TypeVar("_T")
+
+
+class OpenAICall(NamedTuple):
+    """A request for an upstream, and what its answer has to be read with."""
+
+    body: bytes
+    stream: bool
+    #: The client's name of the model, which its answer shows.
+    model: str
+    #: Tool names as sent -> as the client knows them, where they differ.
+    names: Mapping[str, str] = MappingProxyType({})
+    stops: tuple[str, ...] = ()
+
+
+def clean_id(text: str) -> str:
+    """Return `text` in the letters that ids and tool names may have everywhere."""
+    return _ODD.sub("_", text)
+
+
+def _refusal(path: str, why: str) -> RefusedError:
+    return RefusedError(400, f"{path}: {why}", close=False)
+
+
+def _need(value: object, kind: type[_T], path: str) -> _T:
+    """Return `value` if it is of the type; raises RefusedError."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise _refusal(path, f"{_TYPE_WORDS[kind]} is needed")
+    return value
+
+
+def _one_of(value: object, known: Mapping[str, str], path: str) -> str:
+    """Return what a word means here; raises RefusedError."""
+    if not isinstance(value, str) or value not in known:
+        raise _refusal(path, f"one of {', '.join(known)} is needed")
+    return known[value]
+
+
+def _block_text(block: Mapping[str, Any], key: str, path: str) -> str:
+    return _need(block.get(key), str, f"{path}.{key}")
+
+
+def _listed(value: object, path: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the objects of a list with their paths."""
+    items = enumerate(_need(value, list, path))
+    return [(f"{path}.{i}", _need(item, dict, f"{path}.{i}")) for i, item in items]
+
+
+def _blocks(content: object, path: str) -> _Blocks:
+    """Return the blocks of a content with their paths; a string is one of text."""
+    if isinstance(content, str):
+        return [(path, {"type": "text", "text": content})]
+    return _listed(content, path)
+
+
+class _Names:
+    """What tools are called on the way: each name is one that servers take, once."""
+
+    def __init__(self) -> None:
+        self._sent: dict[str, str] = {}
+        self._known: dict[str, str] = {}
+
+    def sent(self, name: str) -> str:
+        """Return what a tool of the client is called on the way."""
+        if name not in self._sent:
+            base, tail, count = clean_id(name) or "tool", "", 1
+            while base[: _NAME_LENGTH - len(tail)] + tail in self._known:
+                count += 1
+                tail = f"_{count}"
+            made = base[: _NAME_LENGTH - len(tail)] + tail
+            self._sent[name], self._known[made] = made, name
+        return self._sent[name]
+
+    def changed(self) -> dict[str, str]:
+        """Return the names as sent -> the client's, where they differ."""
+        return {sent: name for sent, name in self._known.items() if sent != name}
+
+
+def _heading(kind: str, **facts: object) -> str:
+    """Return what stands above a text that comes from somewhere."""
+    lines = [f"{name}: {fact}" for name, fact in facts.items() if fact]
+    return "\n".join([f"[{kind}]", *lines])
+
+
+def _text_parts(*texts: str) -> _Parts:
+    return [{"type": "text", "text": text} for text in texts if text]
+
+
+def _text_part(block: Mapping[str, Any], path: str, _files: bool) -> _Parts:
+    return _text_parts(_block_text(block, "text", path))
+
+
+def _data_url(source: Mapping[str, Any], path: str) -> str:
+    kind = _block_text(source, "media_type", path)
+    return f"data:{kind};base64,{_block_text(source, 'data', path)}"
+
+
+def _image_part(block: Mapping[str, Any], path: str, _files: bool) -> _Parts:
+    path = f"{path}.source"
+    source = _need(block.get("source"), dict, path)
+    kind = source.get("type")
+    if kind == "base64":
+        url = _data_url(source, path)
+    elif kind == "url":
+        url = _block_text(source, "url", path)
+    else:
+        raise _refusal(path, f"a {kind} source can't be read here: send the image")
+    return [{"type": "image_url", "image_url": {"url": url}}]
+
+
+def _document_parts(block: Mapping[str, Any], path: str, files: bool) -> _Parts:
+    source = _need(block.get("source"), dict, f"{path}.source")
+    title, kind = block.get("title"), source.get("type")
+    about = _heading("document", title=title, context=block.get("context"))
+    if kind == "text":
+        text = _block_text(source, "data", f"{path}.source")
+        return _text_parts(f"{about}\n\n{text}")
+    if kind == "content":
+        where = f"{path}.source.content"
+        inner = _content_parts(_blocks(source.get("content"), where), files)
+        return [*_text_parts(about), *inner]
+    if kind != "base64":
+        why = f"a {kind} source can't be read here: send the document"
+        raise _refusal(f"{path}.source", why)
+    if not files:
+        why = "this endpoint takes no documents but text"
+        raise _refusal(f"{path}.source", why)
+    file = {
+        "filename": title or "document.pdf",
+        "file_data": _data_url(source, f"{path}.source"),
+    }
+    above = [about] if block.get("context") else []
+    return [*_text_parts(*above), {"type": "file", "file": file}]
+
+
+def _search_part(block: Mapping[str, Any], path: str, files: bool) -> _Parts:
+    about = _heading(
+        "search result", title=block.get("title"), source=block.get("source")
+    )
+    inner = _content_parts(_blocks(block.get("content"), f"{path}.content"), files)
+    return [*_text_parts(about), *inner]
+
+
+def _reference_part(block: Mapping[str, Any], path: str, _files: bool) -> _Parts:
+    return _text_parts(f"[tool: {_block_text(block, 'tool_name', path)}]")
+
+
+_PARTS: dict[str, Callable[[Mapping[str, Any], str, bool], _Parts]] = {
+    "text": _text_part,
+    "image": _image_part,
+    "document": _document_parts,
+    "search_result": _search_part,
+    "tool_reference": _reference_part,
+}
+
+
+def _unknown(block: Mapping[str, Any], path: str) -> RefusedError:
+    kind = _block_text(block, "type", path)
+    return _refusal(path, f"this endpoint's upstream knows no {kind} blocks")
+
+
+def _content_parts(blocks: _Blocks, files: bool) -> _Parts:
+    """Return a user's blocks as parts."""
+    parts: _Parts = []
+    for path, block in blocks:
+        kind = block.get("type")
+        if not isinstance(kind, str) or kind not in _PARTS:
+            raise _unknown(block, path)
+        parts += _PARTS[kind](block, path, files)
+    return parts
+
+
+def _content(parts: _Parts) -> str | _Parts:
+    """Return parts as a content; text alone as a string, which all servers take."""
+    if all(part["type"] == "text" for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return parts
+
+
+def _tool_message(
+    block: Mapping[str, Any], path: str, files: bool
+) -> tuple[dict[str, Any], _Parts]:
+    """Return a tool's result as a message, and the parts it has no room for."""
+    call = _block_text(block, "tool_use_id", path)
+    content = block.get("content")
+    inner = _blocks("" if content is None else content, f"{path}.content")
+    texts, shown = [], []
+    for part in _content_parts(inner, files):
+        if part["type"] == "text":
+            texts.append(part["text"])
+        else:
+            shown.append(part)
+            kind = part["type"].partition("_")[0]
+            texts.append(f"[{kind}: see the next user message]")
+    if shown:
+        shown = [*_text_parts(f"[result of tool call {call}]"), *shown]
+    mark = TOOL_ERROR if block.get("is_error") else ""
+    text = mark + "\n".join(texts)
+    return {"role": "tool", "tool_call_id": call, "content": text}, shown
+
+
+def _user_messages(blocks: _Blocks, files: bool) -> _Parts:
+    """Return a user's turn: the tools' results first, then all else."""
+    messages, shown, rest = [], list[dict[str, Any]](), list[Any]()
+    for path, block in blocks:
+        if block.get("type") != "tool_result":
+            rest.append((path, block))
+            continue
+        message, parts = _tool_message(block, path, files)
+        messages.append(message)
+        shown += parts
+    content = _content(shown + _content_parts(rest, files))
+    if content:
+        messages.append({"role": "user", "content": content})
+    return messages
+
+
+def _tool_call(block: Mapping[str, Any], path: str, names: _Names) -> dict[str, Any]:
+    arguments = packed(_need(block.get("input"), dict, f"{path}.input"))
+    function = {
+        "name": names.sent(_block_text(block, "name", path)),
+        "arguments": arguments.decode("utf-8", "surrogatepass"),
+    }
+    call = _block_text(block, "id", path)
+    return {"id": call, "type": "function", "function": function}
+
+
+def _assistant_messages(blocks: _Blocks, names: _Names, reasoning: bool) -> _Parts:
+    """Return an assistant's turn as one message, or as none if it says nothing."""
+    said: dict[str, list[str]] = {"text": [], "thinking": []}
+    calls = []
+    for path, block in blocks:
+        kind = block.get("type")
+        if kind in ("text", "thinking"):
+            said[kind].append(_block_text(block, kind, path))
+        elif kind == "tool_use":
+            calls.append(_tool_call(block, path, names))
+        elif kind not in _SILENT:
+            raise _unknown(block, path)
+    text, thought = ("\n".join(filter(None, texts)) for texts in said.values())
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if thought and reasoning:
+        message["reasoning_content"] = thought
+    if calls:
+        message |= {"content": text or None, "tool_calls": calls}
+    return [message] if text or len(message) > 2 else []
+
+
+def _system_messages(blocks: _Blocks) -> _Parts:
+    for path, block in blocks:
+        if block.get("type") != "text":
+            raise _unknown(block, path)
+    content = _content(_content_parts(blocks, files=False))
+    return [{"role": "system", "content": content}] if content else []
+
+
+def _turns(messages: object) -> list[tuple[str, _Blocks]]:
+    """Return the turns; those of one role in a row are one, as in the Messages API."""
+    turns: list[tuple[str, _Blocks]] = []
+    for path, message in _listed(messages, "messages"):
+        role = message.get("role")
+        if role not in ("user", "assistant", "system"):
+            raise _refusal(f"{path}.role", "user, assistant or system is needed")
+        blocks = _blocks(message.get("content"), f"{path}.content")
+        if turns and turns[-1][0] == role:
+            turns[-1][1].extend(blocks)
+        else:
+            turns.append((role, blocks))
+    return turns
+
+
+def _messages(
+    request: Mapping[str, Any], settings: OpenAISettings, names: _Names
+) -> _Parts:
+    system = request.get("system")
+    messages = _system_messages(_blocks("" if system is None else system, "system"))
+    for role, blocks in _turns(request.get("messages")):
+        if role == "assistant":
+            messages += _assistant_messages(blocks, names, settings.reasoning)
+        elif role == "user":
+            messages += _user_messages(blocks, settings.files)
+        else:
+            messages += _system_messages(blocks)
+    return messages
+
+
+def _offered(tool: Mapping[str, Any], path: str, names: _Names) -> dict[str, Any]:
+    if tool.get("type") not in (None, "custom"):
+        why = f"{tool['type']} is known to Anthropic's models and servers only"
+        raise _refusal(f"{path}.type", why)
+    function: dict[str, Any] = {"name": names.sent(_block_text(tool, "name", path))}
+    if tool.get("description"):
+        function["description"] = _block_text(tool, "description", path)
+    schema = f"{path}.input_schema"
+    function["parameters"] = _need(tool.get("input_schema"), dict, schema)
+    if tool.get("strict") is not None:
+        function["strict"] = tool["strict"]
+    return {"type": "function", "function": function}
+
+
+def _tool_fields(request: Mapping[str, Any], names: _Names) -> dict[str, Any]:
+    tools = _listed(request.get("tools") or [], "tools")
+    choice = _need(request.get("tool_choice") or {"type": "auto"}, dict, "tool_choice")
+    wish: Any = _one_of(choice.get("type"), _TOOL_CHOICES, "tool_choice.type")
+    if not tools:
+        if wish not in ("auto", "none"):
+            raise _refusal("tool_choice", "there are no tools to choose from")
+        return {}
+    # Tools first: what they are called must not change with the choice
+    fields: dict[str, Any] = {"tools": [_offered(t, p, names) for p, t in tools]}
+    if wish == "function":
+        name = names.sent(_block_text(choice, "name", "tool_choice"))
+        wish = {"type": "function", "function": {"name": name}}
+    if request.get("tool_choice"):
+        fields["tool_choice"] = wish
+    if choice.get("disable_parallel_tool_use"):
+        fields["parallel_tool_calls"] = False
+    return fields
+
+
+def _effort(request: Mapping[str, Any]) -> str | None:
+    """Return how much a model shall think; None leaves it to the upstream.
+
+    That is so for disabled thinking, too: "none" is refused by most servers.
+    """
+    thinking = _need(request.get("thinking") or {}, dict, "thinking")
+    asked = _need(request.get("output_config") or {}, dict, "output_config")
+    kind, effort = thinking.get("type"), asked.get("effort")
+    if effort is not None:
+        effort = _one_of(effort, _EFFORTS, "output_config.effort")
+    if kind == "disabled":
+        return None
+    if kind == "enabled" and effort is None:
+        budget = _need(thinking.get("budget_tokens"), int, "thinking.budget_tokens")
+        return "low" if budget < 2048 else "medium" if budget < 8192 else "high"
+    if kind not in (*_OPEN_THINKING, "enabled"):
+        raise _refusal("thinking.type", f"{kind} is not known here")
+    return effort
+
+
+def _format(request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what form an answer shall have."""
+    path, wish = "output_config.format", (request.get("output_config") or {})
+    wish = wish.get("format")
+    if wish is None:  # where it stood in the beta
+        path, wish = "output_format", request.get("output_format")
+    if wish is None:
+        return None
+    wish = _need(wish, dict, path)
+    if wish.get("type") != "json_schema":
+        raise _refusal(f"{path}.type", "json_schema is needed")
+    schema = _need(wish.get("schema"), dict, f"{path}.schema")
+    named = {"name": "output", "schema": schema, "strict": True}
+    return {"type": "json_schema", "json_schema": named}
+
+
+def _stops(request: Mapping[str, Any]) -> list[str]:
+    stops = _need(request.get("stop_sequences") or [], list, "stop_sequences")
+    if len(stops) > _STOPS:
+        why = f"this endpoint's upstream takes {_STOPS} at most"
+        raise _refusal("stop_sequences", why)
+    return [_need(s, str, f"stop_sequences.{i}") for i, s in enumerate(stops)]
+
+
+def _user_field(request: Mapping[str, Any]) -> str | None:
+    metadata = _need(request.get("metadata") or {}, dict, "metadata")
+    if metadata.get("user_id") is None:
+        return None
+    user = _block_text(metadata, "user_id", "metadata")
+    if len(user) <= _USER_LENGTH:
+        return user
+    # A piece would be the same for all sessions of Claude Code: they differ at the end
+    return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _check_fields(request: Mapping[str, Any]) -> None:
+    """Refuse what can neither be said to another server nor be left out."""
+    for name, why in _AT_ANTHROPIC.items():
+        if request.get(name):
+            raise _refusal(name, why)
+    if request.get("inference_geo") not in (None, "global"):
+        raise _refusal("inference_geo", "nobody knows where this upstream computes")
+    for name, value in request.items():
+        known = name in _READ or name in OPENAI_DROPS
+        if value is not None and not known:
+            why = "this endpoint's upstream can't be told (see extraBody)"
+            raise _refusal(name, why)
+
+
+def _limit(request: Mapping[str, Any]) -> int | None:
+    if request.get("max_tokens") is None:
+        return None
+    limit = _need(request["max_tokens"], int, "max_tokens")
+    if limit < 1:  # Anthropic's servers warm their cache then
+        why = "this endpoint's upstream has no cache to warm: ask for 1 at least"
+        raise _refusal("max_tokens", why)
+    return limit
+
+
+def _body(
+    request: Mapping[str, Any], settings: OpenAISettings, names: _Names
+) -> dict[str, Any]:
+    """Return the body without the model; None stands for what is not said."""
+    _check_fields(request)
+    tools = _tool_fields(request, names)  # first: their names stay as they are
+    tier = request.get("service_tier")
+    stream = request.get("stream") is True
+    effort = _effort(request)
+    return {
+        "messages": _messages(request, settings, names),
+        settings.max_tokens_field: _limit(request),
+        **tools,
+        **{name: request.get(name) for name in _SAMPLING},
+        "stop": _stops(request) or None,
+        "reasoning_effort": effort if settings.reasoning else None,
+        "response_format": _format(request),
+        "service_tier": tier and _one_of(tier, _SERVICE_TIERS, "service_tier"),
+        "user": _user_field(request),
+        "stream": stream or None,
+        "stream_options": (
+            {"include_usage": True} if stream and settings.stream_usage else None
+        ),
+    }
+
+
+def openai_request(
+    request: Mapping[str, Any], settings: OpenAISettings, model: str | None
+) -> OpenAICall:
+    """Return what a request of the Messages API becomes for an upstream.
+
+    `model` is sent in place of the client's, unless it is None.  Raises RefusedError
+    with the path of what can't be translated.
+    """
+    asked, names = _need(request.get("model"), str, "model"), _Names()
+    try:
+        body = _body(request, settings, names)
+        said = {name: value for name, value in body.items() if value is not None}
+        sent = packed({"model": model or asked, **said, **settings.extra_body})
+    except RecursionError:
+        raise _refusal("messages", "they are nested too deeply") from None
+    return OpenAICall(
+        sent,
+        stream=request.get("stream") is True,
+        model=asked,
+        names=names.changed(),
+        stops=tuple(_stops(request)),
+    )
+
+
+# ============================================================================
+# 15. OPENAI ANSWERS (pure)
+# ============================================================================
+#
+# What an OpenAI-compatible upstream answers, as the Messages API would say it.
+# Rule: blocks never overlap.  Of several tool calls the first is passed on as it
+# comes, the others wait until its arguments are whole and a next one has begun, or
+# until the finish.
+# Facts: ids, names and indexes of calls come late, in pieces, again and again, or
+# never; usage comes after the finish, with it, with each chunk, or never.
+
+_WORDS = 2000  # characters of an upstream's text that are quoted
+_FINISHES = {
+    "length": "max_tokens",
+    "max_tokens": "max_tokens",
+    "model_length": "max_tokens",
+    "content_filter": "refusal",
+}
+_TEXT_DELTA = {"text": "text_delta", "thinking": "thinking_delta"}
+_TEXT_START: dict[str, dict[str, str]] = {
+    "text": {"type": "text", "text": ""},
+    "thinking": {"type": "thinking", "thinking": "", "signature": ""},
+}
+_STATUS_TYPES = {
+    **ERROR_TYPES,
+    402: "billing_error",
+    409: "conflict_error",
+    500: "api_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+# What a code or a type is called -> the type of the Messages API
+_NAMED_TYPES = {
+    **{name: name for name in _STATUS_TYPES.values()},
+    "invalid_request_error": "invalid_request_error",
+    "context_length_exceeded": "invalid_request_error",
+    "exceed_context_size_error": "invalid_request_error",
+    "invalid_api_key": "authentication_error",
+    "model_not_found": "not_found_error",
+    "rate_limit_exceeded": "rate_limit_error",
+    "insufficient_quota": "rate_limit_error",
+}
+_TOO_LONG = re.compile(
+    r"(?i)context_length_exceeded|exceed_context_size"
+    r"|(?:maximum|model's|available) context (?:length|size|window)"
+)
+_CONTEXT = re.compile(r"(?i)context (?:length|size|window)[^\d.]{0,30}(\d{1,9})")
+_INPUT = re.compile(
+    r"(\d{1,9}) (?:in the messages|in the functions|of \w+ input|input tokens)"
+    r"|(?:input|request) \((\d{1,9}) tokens|resulted in (\d{1,9}) tokens"
+)
+_OUTPUT = re.compile(
+    r"(\d{1,9}) (?:in the completion|in the output|output tokens)|large: (\d{1,9})"
+)
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _as_object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _items(value: object) -> list[dict[str, Any]]:
+    """Return the objects of a list; none of what is no list."""
+    return [i for i in value if isinstance(i, dict)] if isinstance(value, list) else []
+
+
+def _spoken(message: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a message or a delta says, as (kind of block, text)."""
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    said = [("thinking", _as_text(thought))]
+    content = message.get("content")
+    if isinstance(content, str):
+        said.append(("text", content))
+    for part in _items(content):
+        # Mistral's thinking is a list of parts itself
+        inner = _items(part.get("thinking"))
+        said += [("thinking", _as_text(p.get("text"))) for p in inner]
+        text = part.get("text") or part.get("refusal")
+        said.append(("text", _as_text(text)))
+    said.append(("text", _as_text(message.get("refusal"))))
+    return [(kind, text) for kind, text in said if text]
+
+
+def _written(arguments: object) -> str:
+    """Return a call's arguments as text; some servers send the object itself."""
+    if isinstance(arguments, (dict, list)):
+        return packed(arguments).decode("utf-8", "surrogatepass")
+    return _as_text(arguments)
+
+
+def _is_whole(text: str) -> bool:
+    """Tell whether `text` is a JSON object from beginning to end."""
+    try:
+        return isinstance(strict_json(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _input(text: str) -> dict[str, Any]:
+    """Return a call's arguments; those that are no JSON object, as a text in one."""
+    if not text.strip():
+        return {}
+    return strict_json(text) if _is_whole(text) else {"arguments": text}
+
+
+def _fragments(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the (pieces of) tool calls of a message or a delta."""
+    calls = _items(message.get("tool_calls"))
+    old = message.get("function_call")
+    return [*calls, {"index": 0, "function": old}] if isinstance(old, dict) else calls
+
+
+def _tool_id(told: str, made: str, taken: set[str]) -> str:
+    """Return the id of a call: the upstream's, if it has one that is not taken."""
+    name, count = clean_id(told), len(taken)
+    if not name or name in taken:
+        name = f"{name}_{count}" if name else f"toolu_{clean_id(made)}_{count}"
+    taken.add(name)
+    return name
+
+
+def _count(usage: Mapping[str, Any], *path: str) -> int:
+    """Return a number out of a usage; 0 for what is none."""
+    value: object = usage
+    for key in path:
+        value = _as_object(value).get(key)
+    return int(value) if isinstance(value, (int, float)) and 0 < value < 1e15 else 0
+
+
+def _usage(usage: Mapping[str, Any]) -> dict[str, int]:
+    """Return a usage in the Messages API's terms: its input is what is not cached."""
+    details = "prompt_tokens_details"
+    prompt = _count(usage, "prompt_tokens")
+    cached = _count(usage, details, "cached_tokens")
+    cached = cached or _count(usage, "prompt_cache_hit_tokens")  # DeepSeek's name
+    written = _count(usage, details, "cache_write_tokens")
+    told = {
+        "input_tokens": max(0, prompt - cached - written),
+        "cache_read_input_tokens": cached,
+    }
+    if written:
+        told["cache_creation_input_tokens"] = written
+    return {**told, "output_tokens": _count(usage, "completion_tokens")}
+
+
+def _ending(
+    choice: Mapping[str, Any], call: OpenAICall, *, tools: bool, refused: bool
+) -> dict[str, str | None]:
+    """Return why an answer stopped; `choice` is the one that says so.
+
+    Tool calls count for more than a "stop": some servers end all answers with it.
+    """
+    told, stop = choice.get("finish_reason"), choice.get("stop_reason")
+    reason = _FINISHES.get(told) if isinstance(told, str) else None
+    if refused:
+        reason = "refusal"
+    if reason is None and tools:
+        reason = "tool_use"
+    if reason is None and stop in call.stops:
+        return {"stop_reason": "stop_sequence", "stop_sequence": _as_text(stop)}
+    return {"stop_reason": reason or "end_turn", "stop_sequence": None}
+
+
+def _message_id(told: object, fallback_id: str) -> str:
+    return f"msg_{clean_id(_as_text(told))}" if _as_text(told) else fallback_id
+
+
+def _blank_message(id_: str, model: str) -> dict[str, Any]:
+    head = {"id": id_, "type": "message", "role": "assistant", "model": model}
+    return {**head, "content": [], "stop_reason": None, "stop_sequence": None}
+
+
+def _first_choice(document: Mapping[str, Any]) -> dict[str, Any] | None:
+    choices = _items(document.get("choices"))
+    return next((c for c in choices if not c.get("index")), None)
+
+
+def _failure_in(document: Mapping[str, Any], choice: Mapping[str, Any]) -> object:
+    """Return what an answer that is well on the outside says of its failing."""
+    found = document.get("error") or choice.get("error")
+    if not found and document.get("object") == "error":
+        found = document
+    if not found and choice.get("finish_reason") == "error":
+        found = "the upstream says that its answer failed, not why"
+    return found
+
+
+def _content_blocks(
+    message: Mapping[str, Any], call: OpenAICall, fallback_id: str
+) -> list[dict[str, Any]]:
+    blocks: list[dict[str, Any]] = []
+    for kind, text in _spoken(message):
+        signed = {"signature": UNSIGNED} if kind == "thinking" else {}
+        blocks.append({"type": kind, kind: text, **signed})
+    taken: set[str] = set()
+    for fragment in _fragments(message):
+        function = _as_object(fragment.get("function"))
+        name, told = _as_text(function.get("name")), function.get("arguments")
+        if not (name or told):
+            continue
+        id_ = _tool_id(_as_text(fragment.get("id")), fallback_id, taken)
+        made = {"type": "tool_use", "id": id_, "name": call.names.get(name, name)}
+        blocks.append({**made, "input": _input(_written(told))})
+    return blocks
+
+
+def openai_message(body: bytes, call: OpenAICall, fallback_id: str) -> dict[str, Any]:
+    """Return a whole answer as a message; raises ValueError for what is none.
+
+    `fallback_id` stands in for ids that the upstream does not give.
+    """
+    try:
+        document = strict_json(body.decode("utf-8", "replace"))
+    except RecursionError:
+        raise ValueError("the upstream's answer is nested too deeply") from None
+    choice = _first_choice(_as_object(document))
+    failure = _failure_in(_as_object(document), choice or {})
+    if failure:
+        raise ValueError(_error_told(failure)[1])
+    if choice is None or not isinstance(choice.get("message"), dict):
+        raise ValueError("the upstream's answer is no completion")
+    message = choice["message"]
+    content = _content_blocks(message, call, fallback_id)
+    tools = any(block["type"] == "tool_use" for block in content)
+    refused = bool(_as_text(message.get("refusal")))
+    return {
+        **_blank_message(_message_id(document.get("id"), fallback_id), call.model),
+        "content": content,
+        **_ending(choice, call, tools=tools, refused=refused),
+        # The API demands numbers: 0 where the upstream tells none
+        "usage": _usage(_as_object(document.get("usage") or choice.get("usage"))),
+    }
+
+
+class _ToolCall:
+    """One call of a stream, as far as it has come."""
+
+    __slots__ = ("first", "id", "is_closed", "is_live", "last", "name", "pieces")
+
+    def __init__(self) -> None:
+        self.id = ""
+        self.name = ""
+        self.pieces: list[str] = []  # of its arguments
+        self.first = self.last = ""  # of their characters that are not blank
+        self.is_live = False  # its block has been started
+        self.is_closed = False
+
+    def text(self) -> str:
+        """Return the arguments as far as they are known."""
+        return "".join(self.pieces)
+
+    def is_whole(self) -> bool:
+        """Tell whether nothing can follow: the arguments are an object."""
+        return self.last == "}" and _is_whole(self.text())
+
+    def goes_on(self, id_: str, name: str) -> bool:
+        """Tell whether a fragment with this id and name belongs to this call.
+
+        Another id is another call, unless it is a piece of one: then it comes
+        without a name, before the arguments.  Without an id, the name and whole
+        arguments tell.
+        """
+        if id_ and self.id:
+            return id_ == self.id or not (name or self.pieces)
+        if name and self.name and self.pieces:
+            return name == self.name and not self.is_whole()
+        return True
+
+    def add(self, id_: str, name: str, piece: str) -> None:
+        """Take a fragment; ids and names come whole, in pieces, or longer each time."""
+        if not self.is_live:
+            self.id = id_ if id_.startswith(self.id) else self.id + id_
+            self.name = name if name.startswith(self.name) else self.name + name
+        if piece:
+            self.pieces.append(piece)
+            self.first = self.first or piece.lstrip()[:1]
+            self.last = piece.rstrip()[-1:] or self.last
+
+    def can_start(self) -> bool:
+        """Tell whether its block may start, and its arguments pass as they come.
+
+        A name is whole when arguments have begun; those that are no object are kept,
+        as they will have to be wrapped.
+        """
+        return bool(self.first == "{" and self.id and self.name)
+
+
+class OpenAIStream:
+    """Makes a stream of the Messages API of a completion's chunks.
+
+    `input_tokens` is an estimate for the first event; the upstream's own numbers
+    stand in the last but one.  A `Translator` that reports all trouble as an event.
+    """
+
+    def __init__(self, call: OpenAICall, fallback_id: str, input_tokens: int) -> None:
+        self._call = call
+        self._fallback_id = fallback_id
+        self._input_tokens = input_tokens
+        self._reader = DataReader()
+        self._out: list[bytes] = []
+        self._begun = False
+        self._over = False
+        self._refused = False
+        self._finish: dict[str, Any] = {}  # the choice that had a finish reason
+        self._usage: dict[str, Any] = {}
+        self._index = -1  # of the block that was started last
+        self._open = ""  # the kind of block that is open
+        self._indexed: dict[int, _ToolCall] = {}
+        self._last: _ToolCall | None = None
+        self._pending: list[_ToolCall] = []  # not closed; the first may be live
+        self._late: list[tuple[str, str]] = []  # what was said among them
+        self._ids: set[str] = set()
+
+    def feed(self, payload: bytes) -> bytes:
+        """Return the events that the next bytes make."""
+        if self._over:
+            return b""
+        try:
+            for data in self._reader.feed(payload):
+                self._take(data)
+        except ValueError as problem:
+            self._fail(f"the upstream's stream can't be read: {problem}")
+        return self._taken()
+
+    def close(self) -> bytes:
+        """Return the events that are left, now that the upstream says no more."""
+        rest = b"" if self._over else self._reader.rest().strip()
+        if rest == b"[DONE]" or _is_whole(rest.decode("utf-8", "replace")):
+            self._take(rest)
+        if not self._over and self._finish:
+            self._end()
+        self._fail("the upstream's answer was cut off")
+        return self._taken()
+
+    def _taken(self) -> bytes:
+        events, self._out = b"".join(self._out), []
+        return events
+
+    def _emit(self, kind: str, **members: object) -> None:
+        self._out.append(event_bytes({"type": kind, **members}))
+
+    def _fail(self, message: str, kind: str = "api_error") -> None:
+        """Say that the answer fails, if it isn't over."""
+        if not self._over:
+            self._out.append(error_event(kind, message))
+        self._over = True
+
+    def _take(self, data: bytes) -> None:
+        """Take the data of one event."""
+        if self._over:
+            return
+        if data.startswith(b"[DONE]"):
+            if self._begun:
+                self._end()
+            self._fail("the upstream's answer is empty")
+            return
+        try:
+            chunk = strict_json(data.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            chunk = None
+        if isinstance(chunk, dict):
+            self._take_chunk(chunk)
+        else:
+            self._fail("the upstream's stream holds something that is no JSON object")
+
+    def _take_chunk(self, chunk: Mapping[str, Any]) -> None:
+        choice = _first_choice(chunk)
+        failure = _failure_in(chunk, choice or {})
+        if failure:
+            kind, message = _error_told(failure)
+            self._fail(message, kind)
+            return
+        usage = _as_object(chunk.get("usage") or (choice or {}).get("usage"))
+        self._usage = usage or self._usage
+        if not self._begun and (usage or "choices" in chunk):
+            self._begin(chunk)
+        if choice is not None:
+            self._take_choice(choice)
+        elif usage and self._finish:
+            self._end()
+
+    def _begin(self, chunk: Mapping[str, Any]) -> None:
+        self._begun = True
+        usage = {"input_tokens": self._input_tokens, "output_tokens": 0}
+        if self._usage:
+            usage = _usage(self._usage)
+        id_ = _message_id(chunk.get("id"), self._fallback_id)
+        blank = _blank_message(id_, self._call.model)
+        self._emit("message_start", message={**blank, "usage": usage})
+
+    def _take_choice(self, choice: dict[str, Any]) -> None:
+        delta = _as_object(choice.get("delta"))
+        for kind, text in _spoken(delta):
+            self._say(kind, text)
+        self._refused = self._refused or bool(_as_text(delta.get("refusal")))
+        for fragment in _fragments(delta):
+            self._take_call(fragment)
+        if choice.get("finish_reason") and not self._over:
+            self._finish = choice
+            self._close_all()
+
+    def _say(self, kind: str, text: str) -> None:
+        if self._pending:
+            if self._late or not all(call.is_whole() for call in self._pending):
+                self._late.append((kind, text))
+                return
+            self._close_calls()
+        if self._open != kind:
+            self._start(kind, _TEXT_START[kind])
+        self._add(_TEXT_DELTA[kind], kind, text)
+
+    def _take_call(self, fragment: Mapping[str, Any]) -> None:
+        function = _as_object(fragment.get("function"))
+        id_, name = _as_text(fragment.get("id")), _as_text(function.get("name"))
+        piece = _written(function.get("arguments"))
+        waiting = len(self._pending)
+        call = self._call_of(fragment.get("index"), id_, name)
+        if call.is_closed:
+            if piece.strip():
+                self._fail("the upstream's tool call went on after its end")
+            return
+        call.add(id_, name, piece)
+        if call is self._pending[0]:
+            self._pass_on(call, piece)
+        elif len(self._pending) == waiting:
+            return
+        while len(self._pending) > 1 and self._pending[0].is_whole():
+            self._close_call()
+            self._pass_on(self._pending[0], "")
+
+    def _call_of(self, index: object, id_: str, name: str) -> _ToolCall:
+        """Return the call that a fragment belongs to; it may be a new one."""
+        key = index if isinstance(index, int) else None
+        call = self._last if key is None else self._indexed.get(key)
+        if call is None or not call.goes_on(id_, name):
+            call = _ToolCall()
+            self._pending.append(call)
+        if key is not None:
+            self._indexed[key] = call
+        self._last = call
+        return call
+
+    def _pass_on(self, call: _ToolCall, piece: str) -> None:
+        """Pass on what has come of the first call."""
+        if call.is_live:
+            if piece:
+                self._add("input_json_delta", "partial_json", piece)
+        elif call.can_start():
+            self._start_call(call)
+            self._add("input_json_delta", "partial_json", call.text())
+
+    def _start_call(self, call: _ToolCall) -> None:
+        call.is_live = True
+        name = self._call.names.get(call.name, call.name)
+        id_ = _tool_id(call.id, self._fallback_id, self._ids)
+        self._start(
+            "tool_use", {"type": "tool_use", "id": id_, "name": name, "input": {}}
+        )
+
+    def _close_call(self) -> None:
+        """Close the first call; what has not been passed on of it, is now."""
+        call = self._pending.pop(0)
+        call.is_closed = True
+        if not (call.name or call.first):
+            return  # some servers end with an empty one
+        if not call.is_live:
+            self._start_call(call)
+            written = _written(_input(call.text()))
+            self._add("input_json_delta", "partial_json", written)
+        self._close()
+
+    def _close_calls(self) -> None:
+        while self._pending:
+            self._close_call()
+
+    def _close_all(self) -> None:
+        self._close_calls()
+        late, self._late = self._late, []
+        for kind, text in late:
+            self._say(kind, text)
+        self._close()
+
+    def _start(self, kind: str, block: Mapping[str, Any]) -> None:
+        self._close()
+        self._open = kind
+        self._index += 1
+        self._emit("content_block_start", index=self._index, content_block=block)
+
+    def _add(self, kind: str, name: str, text: str) -> None:
+        delta = {"type": kind, name: text}
+        self._emit("content_block_delta", index=self._index, delta=delta)
+
+    def _close(self) -> None:
+        """Close the block that is open, if one is."""
+        if self._open == "thinking":
+            self._add("signature_delta", "signature", UNSIGNED)
+        if self._open:
+            self._emit("content_block_stop", index=self._index)
+        self._open = ""
+
+    def _end(self) -> None:
+        self._close_all()
+        tools = bool(self._ids)
+        ending = _ending(self._finish, self._call, tools=tools, refused=self._refused)
+        # Without a usage the estimate stands, and clients need a number of output
+        usage = _usage(self._usage) if self._usage else {"output_tokens": 0}
+        self._emit("message_delta", delta=ending, usage=usage)
+        self._emit("message_stop")
+        self._over = True
+
+
+def _words_in(value: object, depth: int = 5) -> str:
+    """Return what an error says, in any of the shapes that servers give it."""
+    if isinstance(value, list) and depth:
+        return "; ".join(filter(None, (_words_in(item, depth - 1) for item in value)))
+    if not isinstance(value, dict) or not depth:
+        return _as_text(value).strip()
+    places = ("error", "message", "msg", "detail")
+    told = (_words_in(value.get(place), depth - 1) for place in places)
+    words = next(filter(None, told), "")
+    place = value.get("loc")  # FastAPI's: the path of what is wrong
+    if isinstance(place, list):
+        words = f"{'.'.join(map(str, place))}: {words}"
+    raw = _as_text(_as_object(value.get("metadata")).get("raw"))  # behind OpenRouter
+    return f"{words}: {raw}" if raw else words
+
+
+def _sum(pattern: re.Pattern[str], text: str) -> int:
+    """Return the sum of the numbers that a pattern finds."""
+    return sum(int(next(filter(None, m.groups()))) for m in pattern.finditer(text))
+
+
+def _worded(words: str, code: str) -> str:
+    """Return an error's words so that Claude Code knows a full context by them.
+
+    It then shortens the conversation, or asks for less output.
+    """
+    if not _TOO_LONG.search(f"{code} {words}"):
+        return words
+    found = _CONTEXT.search(words)
+    size, read = int(found[1]) if found else 0, _sum(_INPUT, words)
+    wanted = _sum(_OUTPUT, words)
+    if 0 < read < size < read + wanted:
+        return (
+            "input length and `max_tokens` exceed context limit:"
+            f" {read} + {wanted} > {size} ({words})"
+        )
+    if 0 < size < read:
+        return f"prompt is too long: {read} tokens > {size} maximum ({words})"
+    return f"prompt is too long: {words}"
+
+
+def _error_told(failure: object) -> tuple[str, str]:
+    """Return (type, message) of an error that came with a 200."""
+    error = _as_object(_as_object(failure).get("error") or failure)
+    names = [error.get(key) for key in ("code", "status", "type")]
+    told = [_STATUS_TYPES.get(n) for n in names if isinstance(n, int)]
+    told += [_NAMED_TYPES.get(n) for n in names if isinstance(n, str)]
+    words = _words_in(failure)[:_WORDS] or "the upstream says that its answer failed"
+    kind = next(filter(None, told), "api_error")
+    return kind, _worded(words, " ".join(filter(None, map(_as_text, names))))
+
+
+def _status_type(status: int) -> str:
+    other = "invalid_request_error" if status < 500 else "api_error"
+    return _STATUS_TYPES.get(status, other)
+
+
+def openai_error(status: int, body: bytes) -> bytes:
+    """Return the body of an upstream's error in the Messages API's envelope.
+
+    Its words are the upstream's own, but for pages of the web.
+    """
+    text = body.decode("utf-8", "replace").strip()
+    try:
+        document = strict_json(text)
+        words = _words_in(document)
+    except (ValueError, RecursionError):
+        document, words = None, text
+    if text.startswith("<"):
+        words = f"the upstream answered {status} with a web page"
+    first = document[0] if isinstance(document, list) and document else document
+    error = _as_object(_as_object(first).get("error") or first)
+    code = _as_text(error.get("code"))
+    message = words[:_WORDS] or f"the upstream answered {status} without a word"
+    if status in (400, 413, 422, 500):
+        message = _worded(message, f"{code} {_as_text(error.get('type'))}")
+    told = {"type": _status_type(status), "message": message}
+    details = {"details": {"error_code": code}} if code else {}
+    return packed({"type": "error", "error": {**told, **details}})
+
+
+# ============================================================================
 # 20. SIGNATURES (pure)
 # ============================================================================
 #

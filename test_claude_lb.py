@@ -20756,3 +20756,1844 @@ class TestCalibration:
         calibration.learn("new", 100, claude_lb.Usage(100))
         seen = [calibration.seen(name) for name in ("m0", "m1", "m2", "m255", "new")]
         assert seen == [2, 0, 1, 1, 1]
+
+
+README_DIALECTS = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+OA_PNG = "iVBORw0KGgo="
+OA_ASK = {"model": "claude-x", "max_tokens": 9, "messages": []}
+OA_TOOL = {
+    "name": "look",
+    "description": "looks",
+    "input_schema": {"type": "object", "properties": {"q": {"type": "string"}}},
+}
+OA_OTHERS = {"temperature": 0.5, "top_p": 0.9, "top_k": 40}
+
+
+def oa_sent(
+    fields: Mapping[str, Any], model: str | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Return the body that a request becomes; the request must stay as it is."""
+    request = {**OA_ASK, **fields}
+    before = copy.deepcopy(request)
+    made = claude_lb.OpenAISettings(**settings)
+    call = claude_lb.openai_request(request, made, model)
+    assert request == before
+    sent: dict[str, Any] = json.loads(call.body)
+    return sent
+
+
+def oa_messages(*messages: Any, **settings: Any) -> list[dict[str, Any]]:
+    """Return what messages become."""
+    sent: list[dict[str, Any]] = oa_sent({"messages": list(messages)}, **settings)[
+        "messages"
+    ]
+    return sent
+
+
+def oa_user(*blocks: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(blocks)}
+
+
+def oa_assistant(*blocks: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": list(blocks)}
+
+
+def oa_text(text: str, **more: Any) -> dict[str, Any]:
+    return {"type": "text", "text": text, **more}
+
+
+def oa_use(id_: str, name: str = "look", **arguments: Any) -> dict[str, Any]:
+    return {"type": "tool_use", "id": id_, "name": name, "input": arguments}
+
+
+def oa_result(id_: str, content: Any = None, **more: Any) -> dict[str, Any]:
+    made = {"type": "tool_result", "tool_use_id": id_, **more}
+    return made if content is None else {**made, "content": content}
+
+
+def oa_image(**source: str) -> dict[str, Any]:
+    made = source or {"type": "base64", "media_type": "image/png", "data": OA_PNG}
+    return {"type": "image", "source": made}
+
+
+OA_IMAGE_PART = {
+    "type": "image_url",
+    "image_url": {"url": f"data:image/png;base64,{OA_PNG}"},
+}
+OA_PDF = {
+    "type": "document",
+    "title": "Report",
+    "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBE"},
+}
+
+
+def oa_called(id_: str, arguments: str, name: str = "look") -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": id_, "type": "function", "function": function}
+
+
+def oa_refused(fields: Mapping[str, Any], **settings: Any) -> str:
+    """Return why a request is refused."""
+    with pytest.raises(claude_lb.RefusedError) as caught:
+        oa_sent(fields, **settings)
+    assert (caught.value.status, caught.value.close) == (400, False)
+    return caught.value.message
+
+
+class TestOpenAIRequest:
+    """What a request becomes, row by row."""
+
+    def test_golden_bytes(self) -> None:
+        request = {
+            "model": "claude-x",
+            "max_tokens": 100,
+            "stream": True,
+            "system": "be brief",
+            "messages": [{"role": "user", "content": "grüße 😀"}],
+        }
+        call = claude_lb.openai_request(request, claude_lb.OpenAISettings(), "gpt-oss")
+        assert call == claude_lb.OpenAICall(
+            '{"model":"gpt-oss","messages":[{"role":"system","content":"be brief"},'
+            '{"role":"user","content":"grüße 😀"}],"max_tokens":100,"stream":true,'
+            '"stream_options":{"include_usage":true}}'.encode(),
+            stream=True,
+            model="claude-x",
+            names={},
+            stops=(),
+        )
+
+    def test_model(self) -> None:
+        assert oa_sent({})["model"] == "claude-x"
+        assert oa_sent({}, "other/model")["model"] == "other/model"
+        assert oa_refused({"model": 3}) == "model: a text is needed"
+
+    @pytest.mark.parametrize(
+        ("system", "messages"),
+        [
+            (None, []),
+            ("", []),
+            ([], []),
+            ("a", [{"role": "system", "content": "a"}]),
+            (
+                [oa_text("a", cache_control={"type": "ephemeral"}), oa_text("b")],
+                [{"role": "system", "content": "a\nb"}],
+            ),
+            ([oa_text(""), oa_text("b")], [{"role": "system", "content": "b"}]),
+        ],
+    )
+    def test_system(self, system: Any, messages: list[Any]) -> None:
+        assert oa_sent({"system": system})["messages"] == messages
+
+    def test_system_refused(self) -> None:
+        why = oa_refused({"system": [oa_text("a"), oa_image()]})
+        assert why == "system.1: this endpoint's upstream knows no image blocks"
+
+    def test_system_in_the_middle(self) -> None:
+        assert oa_messages(
+            {"role": "user", "content": "a"},
+            {"role": "system", "content": [oa_text("now")]},
+            {"role": "assistant", "content": "b"},
+        ) == [
+            {"role": "user", "content": "a"},
+            {"role": "system", "content": "now"},
+            {"role": "assistant", "content": "b"},
+        ]
+
+    @pytest.mark.parametrize(
+        ("blocks", "content"),
+        [
+            ([oa_text("a")], "a"),
+            ([oa_text("a"), oa_text(""), oa_text("b")], "a\nb"),
+            ([oa_image()], [OA_IMAGE_PART]),
+            (
+                [oa_text("a"), oa_image(), oa_text("b")],
+                [oa_text("a"), OA_IMAGE_PART, oa_text("b")],
+            ),
+            (
+                [oa_image(type="url", url="https://h/p.png")],
+                [{"type": "image_url", "image_url": {"url": "https://h/p.png"}}],
+            ),
+            (
+                [
+                    {
+                        "type": "document",
+                        "title": "T",
+                        "context": "C",
+                        "source": {
+                            "type": "text",
+                            "media_type": "text/plain",
+                            "data": "words",
+                        },
+                        "citations": {"enabled": True},
+                    }
+                ],
+                "[document]\ntitle: T\ncontext: C\n\nwords",
+            ),
+            (
+                [
+                    {
+                        "type": "document",
+                        "source": {"type": "content", "content": "words"},
+                    }
+                ],
+                "[document]\nwords",
+            ),
+            (
+                [
+                    {
+                        "type": "document",
+                        "source": {
+                            "type": "content",
+                            "content": [oa_text("a"), oa_image()],
+                        },
+                    }
+                ],
+                [oa_text("[document]"), oa_text("a"), OA_IMAGE_PART],
+            ),
+            (
+                [
+                    {
+                        "type": "search_result",
+                        "title": "T",
+                        "source": "https://h",
+                        "content": [oa_text("a"), oa_text("b")],
+                    }
+                ],
+                "[search result]\ntitle: T\nsource: https://h\na\nb",
+            ),
+        ],
+    )
+    def test_user_blocks(self, blocks: list[Any], content: Any) -> None:
+        assert oa_messages(oa_user(*blocks)) == [{"role": "user", "content": content}]
+
+    def test_pdf_as_file(self) -> None:
+        data = {"file_data": "data:application/pdf;base64,JVBE"}
+        file = {"type": "file", "file": {"filename": "Report", **data}}
+        assert oa_messages(oa_user(OA_PDF), files=True)[0]["content"] == [file]
+        plain = {**OA_PDF, "title": None, "context": "C"}
+        assert oa_messages(oa_user(plain), files=True)[0]["content"] == [
+            oa_text("[document]\ncontext: C"),
+            {"type": "file", "file": {"filename": "document.pdf", **data}},
+        ]
+
+    @pytest.mark.parametrize(
+        ("block", "why"),
+        [
+            (
+                OA_PDF,
+                "messages.0.content.0.source: this endpoint takes no documents but"
+                " text",
+            ),
+            (
+                {**OA_PDF, "source": {"type": "url", "url": "https://h/p.pdf"}},
+                "messages.0.content.0.source: a url source can't be read here: send"
+                " the document",
+            ),
+            (
+                {**OA_PDF, "source": {"type": "file", "file_id": "f"}},
+                "messages.0.content.0.source: a file source can't be read here: send"
+                " the document",
+            ),
+            (
+                oa_image(type="file", file_id="f"),
+                "messages.0.content.0.source: a file source can't be read here: send"
+                " the image",
+            ),
+            (
+                {"type": "container_upload", "file_id": "f"},
+                "messages.0.content.0: this endpoint's upstream knows no"
+                " container_upload blocks",
+            ),
+            ({"type": 5}, "messages.0.content.0.type: a text is needed"),
+            ({}, "messages.0.content.0.type: a text is needed"),
+            ("x", "messages.0.content.0: an object is needed"),
+            ({"type": "text"}, "messages.0.content.0.text: a text is needed"),
+            ({"type": "image"}, "messages.0.content.0.source: an object is needed"),
+            (
+                {"type": "tool_result"},
+                "messages.0.content.0.tool_use_id: a text is needed",
+            ),
+            (
+                oa_result("t", [{"type": "video"}]),
+                "messages.0.content.0.content.0: this endpoint's upstream knows no"
+                " video blocks",
+            ),
+        ],
+    )
+    def test_user_blocks_refused(self, block: Any, why: str) -> None:
+        assert oa_refused({"messages": [oa_user(block)]}) == why
+
+    @pytest.mark.parametrize(
+        ("messages", "why"),
+        [
+            (None, "messages: a list is needed"),
+            ("x", "messages: a list is needed"),
+            ([3], "messages.0: an object is needed"),
+            (
+                [{"role": "tool", "content": ""}],
+                "messages.0.role: user, assistant or system is needed",
+            ),
+            ([{"role": "user"}], "messages.0.content: a list is needed"),
+            (
+                [oa_assistant({"type": "server_tool_use", "id": "s"})],
+                "messages.0.content.0: this endpoint's upstream knows no"
+                " server_tool_use blocks",
+            ),
+            (
+                [oa_assistant({"type": "tool_use", "id": "t", "name": "n"})],
+                "messages.0.content.0.input: an object is needed",
+            ),
+        ],
+    )
+    def test_messages_refused(self, messages: Any, why: str) -> None:
+        assert oa_refused({"messages": messages}) == why
+
+    def test_empty_turns(self) -> None:
+        dropped = [oa_user(oa_text("")), oa_assistant(oa_text("")), oa_assistant()]
+        assert oa_messages(*dropped) == []
+
+    def test_same_role_in_a_row(self) -> None:
+        assert oa_messages(
+            {"role": "user", "content": "a"},
+            oa_user(oa_text("b")),
+            oa_assistant(oa_text("c")),
+            oa_assistant(oa_use("t1", q="d")),
+        ) == [
+            {"role": "user", "content": "a\nb"},
+            {
+                "role": "assistant",
+                "content": "c",
+                "tool_calls": [oa_called("t1", '{"q":"d"}')],
+            },
+        ]
+
+    def test_r28_tools_and_results(self) -> None:
+        """Parallel calls are one message; results come before the user's words."""
+        assert oa_messages(
+            {"role": "user", "content": "go"},
+            oa_assistant(
+                oa_text("I look"), oa_use("t1", q="ä"), oa_use("t2", q="b", n=[1, 2])
+            ),
+            oa_user(
+                oa_text("and then"),
+                oa_result("t2", [oa_text("x"), oa_text("y")]),
+                oa_result("t1", "no such thing", is_error=True),
+                oa_result("unknown"),
+                oa_text("go on"),
+            ),
+        ) == [
+            {"role": "user", "content": "go"},
+            {
+                "role": "assistant",
+                "content": "I look",
+                "tool_calls": [
+                    oa_called("t1", '{"q":"ä"}'),
+                    oa_called("t2", '{"q":"b","n":[1,2]}'),
+                ],
+            },
+            {"role": "tool", "tool_call_id": "t2", "content": "x\ny"},
+            {"role": "tool", "tool_call_id": "t1", "content": "[error] no such thing"},
+            {"role": "tool", "tool_call_id": "unknown", "content": ""},
+            {"role": "user", "content": "and then\ngo on"},
+        ]
+
+    def test_results_over_two_messages(self) -> None:
+        roles = oa_messages(
+            oa_assistant(oa_use("a"), oa_use("b")),
+            oa_user(oa_result("a", "1"), oa_text("x")),
+            oa_user(oa_result("b", "2")),
+        )
+        assert [m["role"] for m in roles] == ["assistant", "tool", "tool", "user"]
+
+    def test_only_calls_have_null_content(self) -> None:
+        assert oa_messages(oa_assistant(oa_use("t1"))) == [
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [oa_called("t1", "{}")],
+            }
+        ]
+
+    def test_images_and_files_in_results(self) -> None:
+        assert oa_messages(
+            oa_user(
+                oa_result("t1", [oa_text("a"), oa_image()], is_error=True),
+                oa_result("t2", [OA_PDF]),
+                oa_text("what is it?"),
+            ),
+            files=True,
+        ) == [
+            {
+                "role": "tool",
+                "tool_call_id": "t1",
+                "content": "[error] a\n[image: see the next user message]",
+            },
+            {
+                "role": "tool",
+                "tool_call_id": "t2",
+                "content": "[file: see the next user message]",
+            },
+            {
+                "role": "user",
+                "content": [
+                    oa_text("[result of tool call t1]"),
+                    OA_IMAGE_PART,
+                    oa_text("[result of tool call t2]"),
+                    {
+                        "type": "file",
+                        "file": {
+                            "filename": "Report",
+                            "file_data": "data:application/pdf;base64,JVBE",
+                        },
+                    },
+                    oa_text("what is it?"),
+                ],
+            },
+        ]
+
+    def test_tool_reference(self) -> None:
+        block = {"type": "tool_reference", "tool_name": "look"}
+        sent = oa_messages(oa_user(oa_result("t", [block])))
+        assert sent[0]["content"] == "[tool: look]"
+
+    def test_r24_thinking_in_history(self) -> None:
+        turn = oa_assistant(
+            {"type": "thinking", "thinking": "hm", "signature": "s"},
+            {"type": "redacted_thinking", "data": "d"},
+            {"type": "fallback"},
+            oa_text("so"),
+            {"type": "thinking", "thinking": "", "signature": "s"},
+        )
+        plain = {"role": "assistant", "content": "so"}
+        assert oa_messages(turn) == [{**plain, "reasoning_content": "hm"}]
+        assert oa_messages(turn, reasoning=False) == [plain]
+        alone = oa_assistant({"type": "thinking", "thinking": "hm"})
+        assert oa_messages(alone) == [
+            {"role": "assistant", "content": "", "reasoning_content": "hm"}
+        ]
+        assert oa_messages(alone, reasoning=False) == []
+
+    @pytest.mark.parametrize(
+        ("fields", "effort"),
+        [
+            ({}, None),
+            ({"thinking": {"type": "adaptive", "display": "omitted"}}, None),
+            ({"thinking": {"type": "between_tools"}}, None),
+            ({"thinking": {"type": "disabled"}}, None),
+            (
+                {"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}},
+                None,
+            ),
+            ({"thinking": {"type": "enabled", "budget_tokens": 2047}}, "low"),
+            ({"thinking": {"type": "enabled", "budget_tokens": 2048}}, "medium"),
+            ({"thinking": {"type": "enabled", "budget_tokens": 8191}}, "medium"),
+            ({"thinking": {"type": "enabled", "budget_tokens": 8192}}, "high"),
+            (
+                {
+                    "thinking": {"type": "enabled", "budget_tokens": 9000},
+                    "output_config": {"effort": "low"},
+                },
+                "low",
+            ),
+            ({"output_config": {"effort": "low"}}, "low"),
+            (
+                {"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}},
+                "high",
+            ),
+            ({"output_config": {"effort": "xhigh"}}, "high"),
+            ({"output_config": {"effort": None}}, None),
+        ],
+    )
+    def test_effort(self, fields: dict[str, Any], effort: str | None) -> None:
+        assert oa_sent(fields).get("reasoning_effort") == effort
+        assert "reasoning_effort" not in oa_sent(fields, reasoning=False)
+
+    @pytest.mark.parametrize(
+        ("choice", "fields"),
+        [
+            (None, {}),
+            ({"type": "auto"}, {"tool_choice": "auto"}),
+            ({"type": "any"}, {"tool_choice": "required"}),
+            ({"type": "none"}, {"tool_choice": "none"}),
+            (
+                {"type": "tool", "name": "look"},
+                {"tool_choice": {"type": "function", "function": {"name": "look"}}},
+            ),
+            (
+                {"type": "auto", "disable_parallel_tool_use": True},
+                {"tool_choice": "auto", "parallel_tool_calls": False},
+            ),
+            (
+                {"type": "any", "disable_parallel_tool_use": False},
+                {"tool_choice": "required"},
+            ),
+        ],
+    )
+    def test_tool_choice(self, choice: Any, fields: dict[str, Any]) -> None:
+        sent = oa_sent({"tools": [OA_TOOL], "tool_choice": choice})
+        function = {
+            "name": "look",
+            "description": "looks",
+            "parameters": OA_TOOL["input_schema"],
+        }
+        assert sent.pop("tools") == [{"type": "function", "function": function}]
+        rest = {"model": "claude-x", "messages": [], "max_tokens": 9}
+        assert sent == {**rest, **fields}
+
+    def test_tools(self) -> None:
+        tool = {
+            "type": "custom",
+            "name": "n",
+            "input_schema": {"type": "object"},
+            "strict": True,
+            "defer_loading": True,
+            "input_examples": [{}],
+            "cache_control": {"type": "ephemeral"},
+        }
+        function = {"name": "n", "parameters": {"type": "object"}, "strict": True}
+        made = [{"type": "function", "function": function}]
+        assert oa_sent({"tools": [tool]})["tools"] == made
+        assert "tool_choice" not in oa_sent({"tool_choice": {"type": "auto"}})
+
+    def test_tool_names(self) -> None:
+        """Odd names are changed, and stay apart; the answer's are changed back."""
+        long = "m" * 70
+        names = ["a.b", "a_b", "a b", f"{long}1", f"{long}2", "", "ok"]
+        request = {
+            **OA_ASK,
+            "tools": [{"name": n, "input_schema": {}} for n in names],
+            "tool_choice": {"type": "tool", "name": "a b"},
+            "messages": [oa_assistant(oa_use("t", "a b"), oa_use("u", "gone.tool"))],
+        }
+        call = claude_lb.openai_request(request, claude_lb.OpenAISettings(), None)
+        sent = json.loads(call.body)
+        made = [tool["function"]["name"] for tool in sent["tools"]]
+        assert made[:3] == ["a_b", "a_b_2", "a_b_3"]
+        assert made[3:] == ["m" * 64, "m" * 62 + "_2", "tool", "ok"]
+        assert sent["tool_choice"]["function"]["name"] == "a_b_3"
+        used = [c["function"]["name"] for c in sent["messages"][0]["tool_calls"]]
+        assert used == ["a_b_3", "gone_tool"]
+        back = [call.names.get(name, name) for name in [*made, "gone_tool"]]
+        assert back == [*names, "gone.tool"]
+        assert "ok" not in call.names
+
+    @pytest.mark.parametrize(
+        ("fields", "sent"),
+        [
+            (OA_OTHERS, OA_OTHERS),
+            ({"stop_sequences": ["a", "b", "c", "d"]}, {"stop": ["a", "b", "c", "d"]}),
+            ({"stop_sequences": []}, {}),
+            ({"metadata": {"user_id": "u" * 64}}, {"user": "u" * 64}),
+            (
+                {"metadata": {"user_id": "u" * 65}},
+                {"user": hashlib.sha256(b"u" * 65).hexdigest()},
+            ),
+            ({"metadata": {"user_id": None}}, {}),
+            ({"metadata": {}}, {}),
+            ({"service_tier": "auto"}, {"service_tier": "auto"}),
+            ({"service_tier": "standard_only"}, {"service_tier": "default"}),
+            (
+                {
+                    "output_config": {
+                        "format": {"type": "json_schema", "schema": {"type": "object"}}
+                    }
+                },
+                {
+                    "response_format": {
+                        "type": "json_schema",
+                        "json_schema": {
+                            "name": "output",
+                            "schema": {"type": "object"},
+                            "strict": True,
+                        },
+                    }
+                },
+            ),
+            (
+                {"stream": True},
+                {"stream": True, "stream_options": {"include_usage": True}},
+            ),
+            ({"stream": False}, {}),
+            (
+                {
+                    "cache_control": {"type": "ephemeral"},
+                    "context_management": {"edits": []},
+                    "diagnostics": {},
+                    "speed": "fast",
+                    "fallbacks": [],
+                    "container": None,
+                    "mcp_servers": [],
+                    "thread": None,
+                    "inference_geo": "global",
+                    "anything_new": None,
+                },
+                {},
+            ),
+        ],
+    )
+    def test_fields(self, fields: dict[str, Any], sent: dict[str, Any]) -> None:
+        made = oa_sent(fields)
+        assert made == {"model": "claude-x", "messages": [], "max_tokens": 9, **sent}
+
+    def test_settings(self) -> None:
+        made = oa_sent({"stream": True}, stream_usage=False)
+        assert "stream_options" not in made
+        made = oa_sent({}, max_tokens_field="max_completion_tokens")
+        assert (made["max_completion_tokens"], "max_tokens" in made) == (9, False)
+        extra = {"seed": 7, "model": "mine", "provider": {"only": ["x"]}}
+        made = oa_sent({}, "other", extra_body=extra)
+        assert made == {"messages": [], "max_tokens": 9, **extra}
+
+    def test_format_of_the_beta(self) -> None:
+        wish = {"type": "json_schema", "schema": {}}
+        assert "response_format" in oa_sent({"output_format": wish})
+
+    @pytest.mark.parametrize(
+        ("fields", "why"),
+        [
+            ({"max_tokens": 0}, "max_tokens: this endpoint's upstream has no cache"),
+            ({"max_tokens": "9"}, "max_tokens: a number is needed"),
+            ({"max_tokens": True}, "max_tokens: a number is needed"),
+            ({"stop_sequences": list("abcde")}, "stop_sequences: this endpoint's"),
+            ({"stop_sequences": [1]}, "stop_sequences.0: a text is needed"),
+            ({"thinking": {"type": "new"}}, "thinking.type: new is not known here"),
+            ({"thinking": "on"}, "thinking: an object is needed"),
+            ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens: a number"),
+            ({"output_config": {"effort": "huge"}}, "output_config.effort: one of low"),
+            ({"output_config": {"effort": ["low"]}}, "output_config.effort: one of"),
+            (
+                {"output_config": {"format": {"type": "grammar"}}},
+                "output_config.format.type: json_schema is needed",
+            ),
+            (
+                {"output_format": {"type": "json_schema"}},
+                "output_format.schema: an object is needed",
+            ),
+            ({"service_tier": "priority"}, "service_tier: one of auto, standard_only"),
+            ({"service_tier": ["x"]}, "service_tier: one of auto, standard_only"),
+            ({"tool_choice": {"type": "any"}}, "tool_choice: there are no tools"),
+            ({"tool_choice": {"type": "some"}}, "tool_choice.type: one of auto, any"),
+            ({"tool_choice": {"type": []}}, "tool_choice.type: one of auto, any"),
+            (
+                {"tools": [OA_TOOL], "tool_choice": {"type": "tool"}},
+                "tool_choice.name: a text is needed",
+            ),
+            ({"tool_choice": "auto"}, "tool_choice: an object is needed"),
+            (
+                {"tools": [OA_TOOL, {"type": "web_search_20250305", "name": "w"}]},
+                "tools.1.type: web_search_20250305 is known to Anthropic's",
+            ),
+            ({"tools": [{"name": "n"}]}, "tools.0.input_schema: an object is needed"),
+            ({"tools": {}, "messages": 1}, "messages: a list is needed"),
+            ({"metadata": {"user_id": 1}}, "metadata.user_id: a text is needed"),
+            ({"container": "c"}, "container: containers live on"),
+            ({"mcp_servers": [{}]}, "mcp_servers: only Anthropic's"),
+            ({"thread": {"type": "create"}}, "thread: threads are kept by"),
+            ({"inference_geo": "us"}, "inference_geo: nobody knows where"),
+            ({"anything_new": 1}, "anything_new: this endpoint's upstream can't"),
+            ({"seed": 1}, "seed: this endpoint's upstream can't be told (see extra"),
+        ],
+    )
+    def test_refused(self, fields: dict[str, Any], why: str) -> None:
+        assert oa_refused(fields).startswith(why)
+
+    def test_lone_surrogates_survive(self) -> None:
+        text = json.loads('"\\ud83d"')
+        turns = [oa_user(oa_text(text)), oa_assistant(oa_use("t", q=text))]
+        call = claude_lb.openai_request(
+            {**OA_ASK, "messages": turns}, claude_lb.OpenAISettings(), None
+        )
+        assert call.body.startswith(b'{"model"')
+
+    def test_deep_input(self) -> None:
+        deep: Any = {}
+        for _ in range(100_000):
+            deep = {"d": deep}
+        turns = [oa_assistant({**oa_use("t"), "input": deep})]
+        with pytest.raises(
+            claude_lb.RefusedError, match=r"messages: .*nested too deeply"
+        ):
+            claude_lb.openai_request(
+                {**OA_ASK, "messages": turns}, claude_lb.OpenAISettings(), None
+            )
+        while deep:  # one by one: the interpreter frees nested ones by recursion
+            deep = deep.pop("d")
+
+    def test_dropped_fields_stand_in_the_table(self) -> None:
+        for name in (*claude_lb.OPENAI_DROPS, "cache_control"):
+            assert f"`{name}`" in README_DIALECTS
+            oa_sent({name: {"x": 1}})
+
+    def test_random_conversations_lose_no_text(self) -> None:
+        """Each text, image and call of a conversation is there, once and in order."""
+        rng = random.Random(5)
+        for _ in range(200):
+            turns, marks = oa_conversation(rng)
+            sent = json.dumps(oa_messages(*turns))
+            assert all(sent.count(mark) == 1 for mark in marks)
+            roles = [m["role"] for m in oa_messages(*turns)]
+            for before, after in zip(roles, roles[1:]):
+                assert after != "tool" or before in ("assistant", "tool")
+
+
+def oa_conversation(rng: random.Random) -> tuple[list[Any], list[str]]:
+    """Return the messages of a conversation, and marks that must be in it once."""
+    turns: list[Any] = []
+    marks: list[str] = []
+
+    def mark() -> str:
+        marks.append(f"<{len(marks)}>")
+        return marks[-1]
+
+    for _ in range(rng.randint(1, 6)):
+        asked = [oa_text(mark()) for _ in range(rng.randint(1, 3))]
+        if rng.random() < 0.3:
+            asked.append(oa_image(type="url", url=f"https://h/{mark()}"))
+        calls = [f"id{len(turns)}_{n}" for n in range(rng.randint(0, 3))]
+        uses = [oa_use(c, q=mark()) for c in calls]
+        if not uses or rng.random() < 0.5:
+            uses = [oa_text(mark()), *uses]
+        turns += [oa_user(*asked), oa_assistant(*uses)]
+        results = [oa_result(c, [oa_text(mark()), oa_text(mark())]) for c in calls]
+        rng.shuffle(results)
+        if results:
+            turns.append(oa_user(*results))
+    return turns, marks
+
+
+def oa_call(**more: Any) -> Any:
+    return claude_lb.OpenAICall(b"", stream=True, model="claude-x", **more)
+
+
+def oa_message(
+    message: Mapping[str, Any],
+    finish: Any = "stop",
+    usage: Any = None,
+    call: Any = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return what a completion with one choice becomes."""
+    document = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "choices": [{"index": 0, "message": message, "finish_reason": finish, **more}],
+        "usage": usage,
+    }
+    body = json.dumps(document).encode()
+    made: dict[str, Any] = claude_lb.openai_message(body, call or oa_call(), "msg_fb")
+    return made
+
+
+OA_COMPLETION = """{"id":"chatcmpl-9","object":"chat.completion","created":1,
+"model":"gpt","choices":[{"index":0,"message":{"role":"assistant",
+"content":"grüße","reasoning_content":"hm","tool_calls":[
+{"id":"call_1","type":"function","function":{"name":"look","arguments":"{\\"q\\":1}"}},
+{"id":"call_2","type":"function","function":{"name":"a_b","arguments":""}}]},
+"logprobs":null,"finish_reason":"tool_calls"}],
+"usage":{"prompt_tokens":100,"completion_tokens":7,"total_tokens":107,
+"prompt_tokens_details":{"cached_tokens":60,"cache_write_tokens":30}}}""".encode()
+
+
+class TestOpenAIMessage:
+    """What a whole answer becomes."""
+
+    def test_golden(self) -> None:
+        call = oa_call(names={"a_b": "a.b"})
+        assert claude_lb.openai_message(OA_COMPLETION, call, "msg_fb") == {
+            "id": "msg_chatcmpl-9",
+            "type": "message",
+            "role": "assistant",
+            "model": "claude-x",
+            "content": [
+                {"type": "thinking", "thinking": "hm", "signature": claude_lb.UNSIGNED},
+                {"type": "text", "text": "grüße"},
+                {"type": "tool_use", "id": "call_1", "name": "look", "input": {"q": 1}},
+                {"type": "tool_use", "id": "call_2", "name": "a.b", "input": {}},
+            ],
+            "stop_reason": "tool_use",
+            "stop_sequence": None,
+            "usage": {
+                "input_tokens": 10,
+                "cache_read_input_tokens": 60,
+                "cache_creation_input_tokens": 30,
+                "output_tokens": 7,
+            },
+        }
+
+    @pytest.mark.parametrize(
+        ("message", "finish", "reason"),
+        [
+            ({"content": "a"}, "stop", "end_turn"),
+            ({"content": "a"}, "length", "max_tokens"),
+            ({"content": "a"}, "content_filter", "refusal"),
+            ({"content": "a"}, None, "end_turn"),
+            ({"content": "a"}, "eos", "end_turn"),
+            ({"content": "a"}, ["odd"], "end_turn"),
+            ({"content": "a"}, "tool_calls", "end_turn"),
+            ({"tool_calls": [oa_called("c", "{}")]}, "tool_calls", "tool_use"),
+            ({"tool_calls": [oa_called("c", "{}")]}, "stop", "tool_use"),
+            ({"tool_calls": [oa_called("c", "{}")]}, None, "tool_use"),
+            ({"tool_calls": [oa_called("c", "{}")]}, "length", "max_tokens"),
+            ({"function_call": {"name": "n"}}, "function_call", "tool_use"),
+            ({"content": None, "refusal": "no"}, "stop", "refusal"),
+        ],
+    )
+    def test_finish(self, message: Any, finish: Any, reason: str) -> None:
+        made = oa_message(message, finish)
+        assert (made["stop_reason"], made["stop_sequence"]) == (reason, None)
+
+    def test_stop_sequence_where_told(self) -> None:
+        call = oa_call(stops=("###",))
+        made = oa_message({"content": "a"}, call=call, stop_reason="###")
+        told = (made["stop_reason"], made["stop_sequence"])
+        assert told == ("stop_sequence", "###")
+        made = oa_message({"content": "a"}, call=call, stop_reason=2)
+        assert made["stop_reason"] == "end_turn"
+
+    @pytest.mark.parametrize(
+        ("message", "content"),
+        [
+            ({"content": None}, []),
+            ({"content": ""}, []),
+            ({"content": "a"}, [oa_text("a")]),
+            (
+                {"content": [oa_text("a"), {"type": "x"}, 3, oa_text("b")]},
+                [oa_text("a"), oa_text("b")],
+            ),
+            ({"refusal": "no"}, [oa_text("no")]),
+            (
+                {"content": "a", "reasoning": "r"},
+                [
+                    {
+                        "type": "thinking",
+                        "thinking": "r",
+                        "signature": claude_lb.UNSIGNED,
+                    },
+                    oa_text("a"),
+                ],
+            ),
+            (
+                {
+                    "content": [
+                        {"type": "thinking", "thinking": [oa_text("t")]},
+                        oa_text("a"),
+                    ]
+                },
+                [
+                    {
+                        "type": "thinking",
+                        "thinking": "t",
+                        "signature": claude_lb.UNSIGNED,
+                    },
+                    oa_text("a"),
+                ],
+            ),
+            ({"tool_calls": [{}, {"function": None}], "content": "a"}, [oa_text("a")]),
+        ],
+    )
+    def test_content(self, message: Any, content: list[Any]) -> None:
+        assert oa_message(message)["content"] == content
+
+    @pytest.mark.parametrize(
+        ("arguments", "given"),
+        [
+            ("", {}),
+            (" ", {}),
+            (None, {}),
+            ("{}", {}),
+            ('{"a": "é"} ', {"a": "é"}),
+            ({"a": 1}, {"a": 1}),
+            ('{"a": ', {"arguments": '{"a": '}),
+            ("[1]", {"arguments": "[1]"}),
+            ([1], {"arguments": "[1]"}),
+            ("7", {"arguments": "7"}),
+            ("hello", {"arguments": "hello"}),
+        ],
+    )
+    def test_arguments(self, arguments: Any, given: Any) -> None:
+        made = oa_message({"tool_calls": [oa_called("c", arguments)]})
+        assert made["content"][0]["input"] == given
+
+    def test_tool_ids(self) -> None:
+        calls = [
+            oa_called("", "{}"),
+            oa_called("functions.look:0", "{}"),
+            oa_called("x", "{}"),
+            oa_called("x", "{}"),
+        ]
+        made = oa_message({"tool_calls": calls})
+        ids = [block["id"] for block in made["content"]]
+        assert ids == ["toolu_msg_fb_0", "functions_look_0", "x", "x_3"]
+
+    def test_ids(self) -> None:
+        body = b'{"choices":[{"message":{"content":"a"}}]}'
+        assert claude_lb.openai_message(body, oa_call(), "msg_fb")["id"] == "msg_fb"
+        body = b'{"id":"gen:1/2","choices":[{"message":{"content":"a"}}]}'
+        made = claude_lb.openai_message(body, oa_call(), "msg_fb")
+        assert made["id"] == "msg_gen_1_2"
+
+    @pytest.mark.parametrize(
+        ("usage", "told"),
+        [
+            (None, (0, 0, None, 0)),
+            ({"prompt_tokens": 5, "completion_tokens": 2}, (5, 0, None, 2)),
+            (
+                {
+                    "prompt_tokens": 5,
+                    "completion_tokens": 2,
+                    "prompt_tokens_details": None,
+                },
+                (5, 0, None, 2),
+            ),
+            (
+                {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 9}},
+                (0, 9, None, 0),
+            ),
+            (
+                {
+                    "prompt_tokens": 9,
+                    "prompt_tokens_details": {"cache_write_tokens": 4},
+                },
+                (5, 0, 4, 0),
+            ),
+            ({"prompt_tokens": 9, "prompt_cache_hit_tokens": 4}, (5, 4, None, 0)),
+            ({"prompt_tokens": "9", "completion_tokens": -3}, (0, 0, None, 0)),
+            ({"prompt_tokens": 9.0, "completion_tokens": 1e300}, (9, 0, None, 0)),
+        ],
+    )
+    def test_usage(self, usage: Any, told: tuple[Any, ...]) -> None:
+        made = oa_message({"content": "a"}, usage=usage)["usage"]
+        names = ("input", "cache_read_input", "cache_creation_input", "output")
+        assert tuple(made.get(f"{name}_tokens") for name in names) == told
+
+    @pytest.mark.parametrize(
+        ("body", "why"),
+        [
+            (b"", "Expecting value"),
+            (b"<html>", "Expecting value"),
+            (b"[]", "no completion"),
+            (b"{}", "no completion"),
+            (b'{"choices":[]}', "no completion"),
+            (b'{"choices":[{"index":0}]}', "no completion"),
+            (b'{"choices":[{"index":0,"message":"x"}]}', "no completion"),
+            (b'{"error":{"message":"provider is down","code":502}}', "is down"),
+            (b'{"choices":[{"error":{"message":"cut"},"message":{}}]}', "cut"),
+            (b'{"choices":[{"finish_reason":"error","message":{}}]}', "failed"),
+            pytest.param(b"[" * 100_000, "nested too deeply", id="deep"),
+        ],
+    )
+    def test_no_completion(self, body: bytes, why: str) -> None:
+        with pytest.raises(ValueError, match=why):
+            claude_lb.openai_message(body, oa_call(), "msg_fb")
+
+    def test_other_choices_are_ignored(self) -> None:
+        body = (
+            b'{"choices":[{"index":1,"message":{"content":"no"}},'
+            b'{"index":0,"message":{"content":"yes"}}]}'
+        )
+        made = claude_lb.openai_message(body, oa_call(), "msg_fb")
+        assert made["content"] == [oa_text("yes")]
+
+
+def oa_events(stream: bytes) -> list[dict[str, Any]]:
+    """Return the events of a stream of the Messages API, whose form is checked."""
+    assert stream == b"" or stream.endswith(b"\n\n")
+    events = []
+    for event in stream.split(b"\n\n")[:-1]:
+        name, data = event.split(b"\n")
+        document = json.loads(data[6:])
+        assert name == b"event: " + document["type"].encode()
+        assert data[:6] == b"data: "
+        events.append(document)
+    return events
+
+
+def oa_block(start: dict[str, Any], deltas: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the block that a start and its deltas make."""
+    kinds = [delta["type"] for delta in deltas]
+    block = dict(start)
+    if block["type"] == "text":
+        assert set(kinds) == {"text_delta"}
+        block["text"] += "".join(d["text"] for d in deltas)
+    elif block["type"] == "thinking":
+        assert kinds.count("signature_delta") == 1
+        assert kinds[-1] == "signature_delta"
+        block["thinking"] = "".join(d["thinking"] for d in deltas[:-1])
+        block["signature"] = deltas[-1]["signature"]
+    else:
+        assert block["type"] == "tool_use"
+        assert set(kinds) == {"input_json_delta"}
+        assert (block["input"], bool(block["id"])) == ({}, True)
+        block["json"] = "".join(d["partial_json"] for d in deltas)
+    return block
+
+
+def oa_walked(stream: bytes) -> dict[str, Any]:
+    """Return the message that a stream tells of; its grammar is checked."""
+    events = oa_events(stream)
+    assert [e["type"] for e in events].count("message_start") == 1
+    assert [e["type"] for e in events[-2:]] == ["message_delta", "message_stop"]
+    message = dict(events[0]["message"])
+    assert (message["content"], message["stop_reason"]) == ([], None)
+    start: dict[str, Any] | None = None
+    deltas: list[dict[str, Any]] = []
+    blocks: list[dict[str, Any]] = []
+    for event in events[1:-2]:
+        assert event["index"] == len(blocks)
+        if event["type"] == "content_block_start":
+            assert start is None
+            start, deltas = event["content_block"], []
+        elif event["type"] == "content_block_delta":
+            assert start is not None
+            deltas.append(event["delta"])
+        else:
+            assert event["type"] == "content_block_stop"
+            assert start is not None
+            blocks.append(oa_block(start, deltas))
+            start = None
+    assert start is None
+    for block in blocks:
+        if block["type"] == "tool_use" and message:
+            written = block.pop("json")
+            cut = events[-2]["delta"]["stop_reason"] == "max_tokens"
+            block["input"] = written if cut else json.loads(written)
+    return {
+        **message,
+        **events[-2]["delta"],
+        "content": blocks,
+        "usage": {**message["usage"], **events[-2]["usage"]},
+    }
+
+
+def oa_stream(*payloads: bytes, call: Any = None) -> bytes:
+    """Return what a stream's pieces become."""
+    stream = claude_lb.OpenAIStream(call or oa_call(), "msg_fb", 42)
+    made = b"".join(map(stream.feed, payloads)) + stream.close()
+    assert stream.feed(b"data: {}\n\n") + stream.close() == b""
+    return made
+
+
+def oa_all_splits(payload: bytes, call: Any = None) -> bytes:
+    """Return what a stream becomes, which is the same for each way to cut it."""
+    whole = oa_stream(payload, call=call)
+    for at in range(len(payload)):
+        assert oa_stream(payload[:at], payload[at:], call=call) == whole
+    each = (payload[i : i + 1] for i in range(len(payload)))
+    assert oa_stream(*each, call=call) == whole
+    return whole
+
+
+def oa_chunk(
+    delta: Mapping[str, Any] | None = None, finish: Any = None, **more: Any
+) -> bytes:
+    """Return one event of an upstream."""
+    choice = {"index": 0, "delta": delta or {}, "finish_reason": finish}
+    return oa_data({"id": "c1", "choices": [choice], **more})
+
+
+def oa_data(document: Any) -> bytes:
+    return b"data: %b\n\n" % json.dumps(document).encode()
+
+
+def oa_fragment(
+    index: int | None = 0,
+    id_: str | None = None,
+    name: str | None = None,
+    arguments: Any = None,
+) -> bytes:
+    """Return a piece of a tool call."""
+    function = {"name": name, "arguments": arguments}
+    told = {key: value for key, value in function.items() if value is not None}
+    call = {"index": index, "id": id_, "function": told}
+    known = {key: value for key, value in call.items() if value is not None}
+    return oa_chunk({"tool_calls": [known]})
+
+
+def oa_tools(
+    *payloads: bytes, finish: Any = "tool_calls"
+) -> list[tuple[str, str, Any]]:
+    """Return (id, name, input) of the calls of a stream, in all splits the same."""
+    payload = b"".join(payloads) + oa_chunk({}, finish) + OA_DONE
+    blocks = oa_walked(oa_all_splits(payload))["content"]
+    uses = [b for b in blocks if b["type"] == "tool_use"]
+    return [(b["id"], b["name"], b["input"]) for b in uses]
+
+
+OA_DONE = b"data: [DONE]\n\n"
+OA_USAGE = {"prompt_tokens": 30, "completion_tokens": 5}
+OA_GOLDEN_IN = (
+    'data: {"id":"c1","choices":[{"index":0,"delta":{"role":"assistant","content":""},'
+    '"finish_reason":null}]}\n\n'
+    'data: {"id":"c1","choices":[{"index":0,"delta":{"reasoning_content":"hm"}}]}\n\n'
+    'data: {"id":"c1","choices":[{"index":0,"delta":{"content":"grüße"}}]}\n\n'
+    'data: {"id":"c1","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,'
+    '"id":"t1","type":"function","function":{"name":"look","arguments":""}}]}}]}\n\n'
+    'data: {"id":"c1","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,'
+    '"function":{"arguments":"{\\"q\\":"}}]}}]}\n\n'
+    'data: {"id":"c1","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,'
+    '"function":{"arguments":"1}"}}]}}]}\n\n'
+    'data: {"id":"c1","choices":[{"index":0,"delta":{},'
+    '"finish_reason":"tool_calls"}]}\n\n'
+    'data: {"id":"c1","choices":[],"usage":{"prompt_tokens":30,"completion_tokens":5,'
+    '"prompt_tokens_details":{"cached_tokens":20}}}\n\n'
+    "data: [DONE]\n\n"
+).encode()
+OA_GOLDEN_OUT = (
+    (
+        'event: message_start\ndata: {"type":"message_start","message":{"id":"msg_c1",'
+        '"type":"message","role":"assistant","model":"claude-x","content":[],'
+        '"stop_reason":null,"stop_sequence":null,"usage":{"input_tokens":42,'
+        '"output_tokens":0}}}\n\n'
+        'event: content_block_start\ndata: {"type":"content_block_start","index":0,'
+        '"content_block":{"type":"thinking","thinking":"","signature":""}}\n\n'
+        'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,'
+        '"delta":{"type":"thinking_delta","thinking":"hm"}}\n\n'
+        'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,'
+        '"delta":{"type":"signature_delta","signature":"UNSIGNED"}}\n\n'
+        'event: content_block_stop\ndata: {"type":"content_block_stop","index":0}\n\n'
+        'event: content_block_start\ndata: {"type":"content_block_start","index":1,'
+        '"content_block":{"type":"text","text":""}}\n\n'
+        'event: content_block_delta\ndata: {"type":"content_block_delta","index":1,'
+        '"delta":{"type":"text_delta","text":"grüße"}}\n\n'
+        'event: content_block_stop\ndata: {"type":"content_block_stop","index":1}\n\n'
+        'event: content_block_start\ndata: {"type":"content_block_start","index":2,'
+        '"content_block":{"type":"tool_use","id":"t1","name":"look","input":{}}}\n\n'
+        'event: content_block_delta\ndata: {"type":"content_block_delta","index":2,'
+        '"delta":{"type":"input_json_delta","partial_json":"{\\"q\\":"}}\n\n'
+        'event: content_block_delta\ndata: {"type":"content_block_delta","index":2,'
+        '"delta":{"type":"input_json_delta","partial_json":"1}"}}\n\n'
+        'event: content_block_stop\ndata: {"type":"content_block_stop","index":2}\n\n'
+        'event: message_delta\ndata: {"type":"message_delta","delta":{'
+        '"stop_reason":"tool_use","stop_sequence":null},"usage":{"input_tokens":10,'
+        '"cache_read_input_tokens":20,"output_tokens":5}}\n\n'
+        'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    )
+    .replace("UNSIGNED", claude_lb.UNSIGNED)
+    .encode()
+)
+
+
+class TestOpenAIStream:
+    """What a stream becomes, whatever pieces it comes in."""
+
+    def test_r27_golden(self) -> None:
+        assert oa_all_splits(OA_GOLDEN_IN) == OA_GOLDEN_OUT
+
+    def test_line_ends(self) -> None:
+        odd = OA_GOLDEN_IN.replace(b"\n", b"\r\n")
+        assert oa_all_splits(odd) == OA_GOLDEN_OUT
+        assert oa_stream(OA_GOLDEN_IN.replace(b"\n", b"\r")) == OA_GOLDEN_OUT
+        odd = OA_GOLDEN_IN.replace(b"data: ", b": OPENROUTER PROCESSING\n\ndata:")
+        assert oa_all_splits(odd) == OA_GOLDEN_OUT
+        assert oa_stream(OA_GOLDEN_IN[:-1]) == OA_GOLDEN_OUT
+        assert oa_stream(OA_GOLDEN_IN[:-2]) == OA_GOLDEN_OUT
+
+    def test_stream_and_answer_are_the_same(self) -> None:
+        tools = [oa_called("a", '{"q":1}'), oa_called("b", "", "a_b")]
+        message = {"reasoning": "hm", "content": "grüße", "tool_calls": tools}
+        call = oa_call(names={"a_b": "a.b"})
+        whole = oa_message(message, "tool_calls", OA_USAGE, call)
+        calls = [{"index": i, **c} for i, c in enumerate(tools)]
+        payload = oa_chunk({"reasoning": "hm"}, id="chatcmpl-1")
+        payload += oa_chunk({"content": "grüße"})
+        payload += oa_chunk({"tool_calls": calls}, "tool_calls", usage=OA_USAGE)
+        assert oa_walked(oa_all_splits(payload + OA_DONE, call)) == whole
+
+    def test_each_event_at_once(self) -> None:
+        stream = claude_lb.OpenAIStream(oa_call(), "msg_fb", 42)
+        assert stream.feed(b": hello\n\n") == b""
+        first = stream.feed(oa_chunk({"role": "assistant", "content": ""}))
+        assert [e["type"] for e in oa_events(first)] == ["message_start"]
+        for word in ("a", "b"):
+            made = oa_events(stream.feed(oa_chunk({"content": word})))
+            assert made[-1]["delta"] == {"type": "text_delta", "text": word}
+        stream.feed(oa_fragment(0, "t", "look", "{"))
+        for word in ('"q"', ":", "1"):
+            made = oa_events(stream.feed(oa_fragment(0, arguments=word)))
+            given = {"type": "input_json_delta", "partial_json": word}
+            assert [e["delta"] for e in made] == [given]
+        made = oa_events(stream.feed(oa_fragment(0, arguments="}")))
+        assert len(made) == 1
+        made = oa_events(stream.feed(oa_fragment(1, "u", "look", "{")))
+        kinds = [e["type"][14:] for e in made]
+        assert kinds == ["stop", "start", "delta"]  # the first one is whole
+
+    @pytest.mark.parametrize(
+        "chunk",
+        [
+            {"id": "", "choices": [], "prompt_filter_results": []},
+            {"choices": [{"index": 1, "delta": {"content": "no"}}]},
+            {"choices": None, "usage": None},
+            {"choices": [{"delta": None}]},
+            {"choices": [{"delta": {"content": None, "tool_calls": None}}]},
+        ],
+    )
+    def test_chunks_that_say_nothing(self, chunk: Any) -> None:
+        made = oa_stream(oa_data(chunk))
+        kinds = [e["type"] for e in oa_events(made)]
+        assert kinds == ["message_start", "error"]
+
+    @pytest.mark.parametrize(
+        ("delta", "block"),
+        [
+            ({"content": "a"}, oa_text("a")),
+            ({"content": [oa_text("a"), oa_text("b")]}, oa_text("ab")),
+            ({"refusal": "no"}, oa_text("no")),
+            (
+                {"reasoning": "r"},
+                {"type": "thinking", "thinking": "r", "signature": claude_lb.UNSIGNED},
+            ),
+        ],
+    )
+    def test_deltas(self, delta: Any, block: Any) -> None:
+        payload = oa_chunk(delta) + oa_chunk({}, "stop") + OA_DONE
+        made = oa_walked(oa_all_splits(payload))
+        assert made["content"] == [block]
+        reason = "refusal" if "refusal" in delta else "end_turn"
+        assert made["stop_reason"] == reason
+
+    def test_thinking_between_texts(self) -> None:
+        words = [("content", "a"), ("reasoning", "b"), ("content", "c")]
+        payload = b"".join(oa_chunk({key: word}) for key, word in words) + OA_DONE
+        blocks = oa_walked(oa_all_splits(payload))["content"]
+        assert [b["type"] for b in blocks] == ["text", "thinking", "text"]
+
+    @pytest.mark.parametrize(
+        "fragments",
+        [
+            # id and name first, arguments in pieces
+            [(0, "t", "look", ""), (0, None, None, '{"q"'), (0, None, None, ":1}")],
+            # all at once
+            [(0, "t", "look", '{"q":1}')],
+            # arguments as an object
+            [(0, "t", "look", {"q": 1})],
+            # a late id
+            [(0, None, "look", '{"q"'), (0, "t", None, ":1"), (0, None, None, "}")],
+            # a late name
+            [(0, "t", None, '{"q"'), (0, None, "look", ":1}")],
+            # both late
+            [(0, None, None, '{"q":1'), (0, None, "look", "}"), (0, "t", None, None)],
+            # a name in pieces
+            [(0, "t", "lo", ""), (0, None, "ok", ""), (0, None, None, '{"q":1}')],
+            # a name that grows
+            [(0, "t", "lo", ""), (0, "t", "look", ""), (0, None, None, '{"q":1}')],
+            # an id in pieces
+            [(0, None, "look", None), (0, "t", None, None), (0, "", "", '{"q":1}')],
+            # id and name again and again
+            [(0, "t", "look", '{"q"'), (0, "t", "look", ":1"), (0, "t", "look", "}")],
+            # without an index
+            [(None, "t", "look", '{"q"'), (None, None, None, ":1}")],
+            [(None, "t", "look", '{"q"'), (None, "t", "look", ":1}")],
+            # the index comes once
+            [(0, "t", "look", '{"q"'), (None, None, None, ":1}")],
+            # an index that counts from somewhere else
+            [(3, "t", "look", '{"q"'), (3, None, None, ":1}")],
+            # blanks
+            [(0, "t", "look", " "), (0, None, None, '{"q":1}'), (0, None, None, "\n")],
+        ],
+    )
+    def test_one_call_in_any_pieces(self, fragments: Sequence[Any]) -> None:
+        made = oa_tools(*(oa_fragment(*f) for f in fragments))
+        assert made == [("t", "look", {"q": 1})]
+
+    def test_id_in_pieces(self) -> None:
+        made = oa_tools(
+            oa_fragment(0, "call"),
+            oa_fragment(0, "_7"),
+            oa_fragment(0, None, "look", "{}"),
+        )
+        assert made == [("call_7", "look", {})]
+
+    @pytest.mark.parametrize(
+        "fragments",
+        [
+            # one after the other
+            [
+                (0, "t", "look", '{"q"'),
+                (0, None, None, ":1}"),
+                (1, "u", "see", '{"r":'),
+                (1, None, None, "2}"),
+            ],
+            # both heads first
+            [
+                (0, "t", "look", ""),
+                (1, "u", "see", ""),
+                (0, None, None, '{"q":1}'),
+                (1, None, None, '{"r":2}'),
+            ],
+            # in turns
+            [
+                (0, "t", "look", '{"q"'),
+                (1, "u", "see", '{"r"'),
+                (0, None, None, ":1"),
+                (1, None, None, ":2"),
+                (1, None, None, "}"),
+                (0, None, None, "}"),
+            ],
+            # the second is whole before the first
+            [
+                (0, "t", "look", '{"q"'),
+                (1, "u", "see", '{"r":2}'),
+                (0, None, None, ":1}"),
+            ],
+            # the index is always 0, ids differ
+            [(0, "t", "look", '{"q":1}'), (0, "u", "see", '{"r":2}')],
+            [
+                (0, "t", "look", ""),
+                (0, None, None, '{"q":1}'),
+                (0, "u", "see", ""),
+                (0, None, None, '{"r":2}'),
+            ],
+            # no index
+            [(None, "t", "look", '{"q":1}'), (None, "u", "see", '{"r":2}')],
+            # blanks after the end
+            [
+                (0, "t", "look", '{"q":1}'),
+                (1, "u", "see", '{"r":'),
+                (0, None, None, " \n"),
+                (1, None, None, "2}"),
+            ],
+        ],
+    )
+    def test_two_calls(self, fragments: Sequence[Any]) -> None:
+        made = oa_tools(*(oa_fragment(*f) for f in fragments))
+        assert made == [("t", "look", {"q": 1}), ("u", "see", {"r": 2})]
+
+    def test_calls_without_ids(self) -> None:
+        made = oa_tools(
+            oa_fragment(None, None, "look", '{"q":1}'),
+            oa_fragment(None, None, "look", '{"q":2}'),
+            oa_fragment(None, None, "see", "{}"),
+        )
+        assert made == [
+            ("toolu_msg_fb_0", "look", {"q": 1}),
+            ("toolu_msg_fb_1", "look", {"q": 2}),
+            ("toolu_msg_fb_2", "see", {}),
+        ]
+
+    def test_the_same_id_twice(self) -> None:
+        made = oa_tools(
+            oa_fragment(0, "t", "look", "{}"), oa_fragment(1, "t", "look", "{}")
+        )
+        assert [id_ for id_, *_ in made] == ["t", "t_1"]
+
+    def test_many_calls_in_random_order(self) -> None:
+        """Pieces of calls, shuffled but each call's own in order."""
+        rng = random.Random(7)
+        for _ in range(100):
+            count = rng.randint(1, 5)
+            queues = []
+            for index in range(count):
+                text = json.dumps({"n": index, "s": "é}" * rng.randint(0, 9)})
+                cuts = sorted(rng.sample(range(1, len(text)), rng.randint(1, 5)))
+                cut = zip([0, *cuts], [*cuts, len(text)])
+                pieces = [oa_fragment(index, arguments=text[a:b]) for a, b in cut]
+                queues.append([oa_fragment(index, f"t{index}", "look"), *pieces])
+            payload = b"".join(queue.pop(0) for queue in queues)
+            while any(queues):
+                payload += rng.choice([q for q in queues if q]).pop(0)
+            made = oa_walked(oa_stream(payload + oa_chunk({}, "stop") + OA_DONE))
+            assert [b["input"]["n"] for b in made["content"]] == list(range(count))
+            assert made["stop_reason"] == "tool_use"
+
+    @pytest.mark.parametrize("text", ["[1]", "7", '"x"', "hello", " hello {}"])
+    def test_arguments_that_are_no_object(self, text: str) -> None:
+        made = oa_tools(
+            oa_fragment(0, "t", "look", text[:1]),
+            oa_fragment(0, arguments=text[1:]),
+            oa_fragment(1, "u", "see", ""),
+        )
+        assert made == [("t", "look", {"arguments": text}), ("u", "see", {})]
+
+    def test_cut_arguments_stay_as_they_are(self) -> None:
+        made = oa_tools(oa_fragment(0, "t", "look", '{"q":"a'), finish="length")
+        assert made == [("t", "look", '{"q":"a')]
+
+    def test_empty_calls_are_none(self) -> None:
+        empty = oa_chunk({"tool_calls": [{}]}) + oa_chunk({"tool_calls": []}, "stop")
+        made = oa_walked(oa_all_splits(oa_chunk({"content": "a"}) + empty + OA_DONE))
+        assert (made["content"], made["stop_reason"]) == ([oa_text("a")], "end_turn")
+
+    def test_legacy_function_call(self) -> None:
+        payload = oa_chunk({"function_call": {"name": "look", "arguments": ""}})
+        payload += oa_chunk({"function_call": {"arguments": '{"q":1}'}})
+        assert oa_tools(payload, finish="function_call") == [
+            ("toolu_msg_fb_0", "look", {"q": 1})
+        ]
+
+    def test_tool_names_are_changed_back(self) -> None:
+        call = oa_call(names={"a_b": "a.b"})
+        payload = oa_fragment(0, "t", "a_b", "{}") + OA_DONE
+        block = oa_walked(oa_all_splits(payload, call))["content"][0]
+        assert block["name"] == "a.b"
+
+    def test_text_after_whole_calls(self) -> None:
+        payload = oa_fragment(0, "t", "look", "{}") + oa_chunk({"content": "a"})
+        stream = claude_lb.OpenAIStream(oa_call(), "msg_fb", 42)
+        assert b'"text":"a"' in stream.feed(payload)
+        made = oa_walked(oa_all_splits(payload + OA_DONE))
+        assert [b["type"] for b in made["content"]] == ["tool_use", "text"]
+
+    def test_text_among_calls_waits(self) -> None:
+        made = oa_walked(
+            oa_all_splits(
+                oa_chunk({"content": "a"})
+                + oa_fragment(0, "t", "look", '{"q"')
+                + oa_chunk({"content": "b"})
+                + oa_fragment(0, arguments=":1}")
+                + oa_chunk({"content": "c"})
+                + oa_fragment(1, "u", "look", "{}")
+                + oa_chunk({"reasoning": "d"})
+                + oa_chunk({}, "tool_calls")
+                + OA_DONE
+            )
+        )
+        told = [b.get("text") or b.get("thinking") or b["id"] for b in made["content"]]
+        assert told == ["a", "t", "u", "bc", "d"]
+
+    def test_a_closed_call_that_goes_on(self) -> None:
+        made = oa_stream(
+            oa_fragment(0, "t", "look", "{}"),
+            oa_fragment(1, "u", "look", "{}"),
+            oa_fragment(0, arguments='"x"'),
+        )
+        last = oa_events(made)[-1]
+        assert last["error"]["message"].endswith("went on after its end")
+
+    @pytest.mark.parametrize(
+        ("payload", "told"),
+        [
+            (
+                oa_chunk({}, "stop") + oa_data({"choices": [], "usage": OA_USAGE}),
+                (30, 5),
+            ),
+            (oa_chunk({}, "stop", usage=OA_USAGE) + OA_DONE, (30, 5)),
+            (
+                oa_chunk({}, None, usage={"prompt_tokens": 30, "completion_tokens": 1})
+                + oa_chunk({}, "stop", usage=OA_USAGE)
+                + OA_DONE,
+                (30, 5),
+            ),
+            (
+                oa_chunk({}, "stop", usage={"prompt_tokens": 1})
+                + oa_data({"choices": [], "usage": OA_USAGE})
+                + OA_DONE,
+                (30, 5),
+            ),
+            (oa_chunk({}, "stop", usage=None) + OA_DONE, (42, 0)),
+            (
+                oa_data(
+                    {
+                        "choices": [
+                            {"delta": {}, "finish_reason": "stop", "usage": OA_USAGE}
+                        ]
+                    }
+                ),
+                (30, 5),
+            ),
+        ],
+    )
+    def test_usage(self, payload: bytes, told: tuple[int, int]) -> None:
+        made = oa_walked(oa_all_splits(oa_chunk({"content": "a"}) + payload))["usage"]
+        assert (made["input_tokens"], made["output_tokens"]) == told
+
+    def test_message_delta_waits_for_usage(self) -> None:
+        stream = claude_lb.OpenAIStream(oa_call(), "msg_fb", 42)
+        stream.feed(oa_chunk({"content": "a"}))
+        made = oa_events(stream.feed(oa_chunk({}, "stop")))
+        assert [e["type"] for e in made] == ["content_block_stop"]
+        made = oa_events(stream.feed(oa_data({"choices": [], "usage": OA_USAGE})))
+        assert [e["type"] for e in made] == ["message_delta", "message_stop"]
+        assert stream.feed(OA_DONE) + stream.close() == b""
+
+    @pytest.mark.parametrize(
+        ("finish", "reason"),
+        [
+            ("stop", "end_turn"),
+            ("length", "max_tokens"),
+            ("content_filter", "refusal"),
+            ("something", "end_turn"),
+        ],
+    )
+    def test_finish(self, finish: str, reason: str) -> None:
+        payload = oa_chunk({"content": "a"}) + oa_chunk({}, finish)
+        assert oa_walked(oa_all_splits(payload + OA_DONE))["stop_reason"] == reason
+        assert oa_walked(oa_all_splits(payload))["stop_reason"] == reason
+
+    def test_no_finish_reason(self) -> None:
+        done = oa_chunk({"content": "a"}) + OA_DONE
+        assert oa_walked(oa_all_splits(done))["stop_reason"] == "end_turn"
+        done = oa_fragment(0, "t", "look", "{}") + OA_DONE
+        assert oa_walked(oa_all_splits(done))["stop_reason"] == "tool_use"
+
+    def test_stop_with_calls_is_tool_use(self) -> None:
+        payload = oa_fragment(0, "t", "look", "{}") + oa_chunk({}, "stop") + OA_DONE
+        assert oa_walked(oa_all_splits(payload))["stop_reason"] == "tool_use"
+
+    def test_stop_sequence(self) -> None:
+        choice = {"delta": {}, "finish_reason": "stop", "stop_reason": "##"}
+        payload = oa_data({"choices": [choice]}) + OA_DONE
+        made = oa_walked(oa_all_splits(payload, oa_call(stops=("##",))))
+        told = (made["stop_reason"], made["stop_sequence"])
+        assert told == ("stop_sequence", "##")
+
+    @pytest.mark.parametrize(
+        "payload",
+        [
+            b"",
+            b": nothing\n\n",
+            oa_chunk({"content": "a"}),
+            oa_chunk({"content": "a"}) + b'data: {"choices": [{"del',
+            oa_fragment(0, "t", "look", '{"q'),
+            oa_chunk({"content": "a"}) + oa_data({"choices": [], "usage": OA_USAGE}),
+        ],
+    )
+    def test_a_cut_is_an_error(self, payload: bytes) -> None:
+        events = oa_events(oa_all_splits(payload))
+        told = {"type": "api_error", "message": "the upstream's answer was cut off"}
+        assert events[-1] == {"type": "error", "error": told}
+        assert "message_stop" not in [e["type"] for e in events]
+
+    @pytest.mark.parametrize(
+        ("data", "kind", "message"),
+        [
+            (
+                {"error": {"message": "slow down", "code": 429}},
+                "rate_limit_error",
+                "slow down",
+            ),
+            (
+                {"error": {"message": "m", "code": "rate_limit_exceeded"}},
+                "rate_limit_error",
+                "m",
+            ),
+            (
+                {"error": {"message": "m", "type": "overloaded_error"}},
+                "overloaded_error",
+                "m",
+            ),
+            ({"error": {"message": "m", "type": "server_error"}}, "api_error", "m"),
+            ({"error": "plain words"}, "api_error", "plain words"),
+            (
+                {"object": "error", "message": "m", "code": 400},
+                "api_error",
+                "m",
+            ),
+            (
+                {
+                    "choices": [
+                        {
+                            "delta": {},
+                            "finish_reason": "error",
+                            "error": {"code": 502, "message": "m"},
+                        }
+                    ]
+                },
+                "api_error",
+                "m",
+            ),
+            (
+                {"choices": [{"delta": {}, "finish_reason": "error"}]},
+                "api_error",
+                "the upstream says that its answer failed, not why",
+            ),
+            (
+                {"error": {"code": "insufficient_quota", "message": "m"}},
+                "rate_limit_error",
+                "m",
+            ),
+        ],
+    )
+    def test_errors_in_the_stream(self, data: Any, kind: str, message: str) -> None:
+        payload = oa_chunk({"content": "a"}) + oa_data(data) + OA_DONE
+        events = oa_events(oa_all_splits(payload))
+        told = {"type": kind, "message": message}
+        assert events[-1] == {"type": "error", "error": told}
+        first = oa_events(oa_stream(oa_data(data)))
+        assert [e["type"] for e in first] == ["error"]
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"data: {nonsense",
+            b"data: [1]",
+            pytest.param(b"data: " + b"[" * 100_000, id="deep"),
+        ],
+    )
+    def test_nonsense_is_an_error(self, data: bytes) -> None:
+        made = oa_events(oa_stream(oa_chunk({"content": "a"}), data + b"\n\n"))
+        assert made[-1]["error"]["type"] == "api_error"
+        assert "no JSON object" in made[-1]["error"]["message"]
+
+    def test_done_alone_is_an_error(self) -> None:
+        made = oa_events(oa_all_splits(OA_DONE))
+        assert [e["type"] for e in made] == ["error"]
+
+    def test_bytes_that_are_no_utf8(self) -> None:
+        data = b'data: {"choices":[{"delta":{"content":"a\xff"}}]}\n\n' + OA_DONE
+        assert oa_walked(oa_stream(data))["content"] == [oa_text("a\ufffd")]
+
+    def test_unicode_line_ends_in_text(self) -> None:
+        text = "a\u2028b\u0085c"
+        data = f'data: {{"choices":[{{"delta":{{"content":"{text}"}}}}]}}\n\n'.encode()
+        assert oa_walked(oa_all_splits(data + OA_DONE))["content"] == [oa_text(text)]
+
+    def test_endless_line_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(claude_lb, "LINE_BYTES", 1000)
+        made = oa_events(oa_stream(b"data: " + b"x" * 2000, b"x" * 2000))
+        assert [e["type"] for e in made] == ["error"]
+
+
+class TestOpenAIConverterBugs:
+    """What other converters got wrong (protocol.md, 5.6)."""
+
+    def test_block_index_is_not_the_tool_index(self) -> None:
+        payload = oa_chunk({"content": "a"})
+        payload += oa_fragment(0, "t", "look", "{}") + oa_fragment(1, "u", "look", "{}")
+        events = oa_events(oa_all_splits(payload + OA_DONE))
+        starts = [e["index"] for e in events if e["type"] == "content_block_start"]
+        assert starts == [0, 1, 2]
+
+    def test_cached_tokens_are_told(self) -> None:
+        usage = {**OA_USAGE, "prompt_tokens_details": {"cached_tokens": 21}}
+        payload = oa_chunk({"content": "a"}, "stop", usage=usage) + OA_DONE
+        events = oa_events(oa_all_splits(payload))
+        told = {
+            "input_tokens": 9,
+            "cache_read_input_tokens": 21,
+            "output_tokens": 5,
+        }
+        assert events[0]["message"]["usage"] == told
+        assert events[-2]["usage"] == told
+        assert oa_message({"content": "a"}, usage=usage)["usage"] == told
+
+    def test_message_start_has_the_estimate(self) -> None:
+        events = oa_events(oa_stream(oa_chunk({"content": "a"})))
+        usage = events[0]["message"]["usage"]
+        assert usage == {"input_tokens": 42, "output_tokens": 0}
+
+    def test_role_and_empty_content_make_no_block(self) -> None:
+        head = oa_chunk({"role": "assistant", "content": ""})
+        payload = head + oa_fragment(0, "t", "look", "{}") + head + OA_DONE
+        made = oa_walked(oa_all_splits(payload))
+        assert [b["type"] for b in made["content"]] == ["tool_use"]
+
+
+def oa_error(status: int, body: Any) -> dict[str, Any]:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    envelope = json.loads(claude_lb.openai_error(status, raw))
+    assert envelope["type"] == "error"
+    error: dict[str, Any] = envelope["error"]
+    return error
+
+
+class TestOpenAIError:
+    """What an upstream's error becomes."""
+
+    @pytest.mark.parametrize(
+        ("status", "kind"),
+        [
+            (400, "invalid_request_error"),
+            (401, "authentication_error"),
+            (402, "billing_error"),
+            (403, "permission_error"),
+            (404, "not_found_error"),
+            (408, "timeout_error"),
+            (409, "conflict_error"),
+            (413, "request_too_large"),
+            (418, "invalid_request_error"),
+            (422, "invalid_request_error"),
+            (429, "rate_limit_error"),
+            (500, "api_error"),
+            (502, "api_error"),
+            (503, "overloaded_error"),
+            (504, "timeout_error"),
+            (520, "api_error"),
+            (529, "overloaded_error"),
+        ],
+    )
+    def test_types(self, status: int, kind: str) -> None:
+        told = oa_error(status, {"error": {"message": "words"}})
+        assert told == {"type": kind, "message": "words"}
+
+    @pytest.mark.parametrize(
+        ("body", "message"),
+        [
+            ({"error": "words"}, "words"),
+            ({"error": {"message": "words", "param": None, "code": 401}}, "words"),
+            ({"message": "words"}, "words"),
+            ({"detail": "words"}, "words"),
+            (
+                {"detail": [{"loc": ["body", "stop", 0], "msg": "bad"}, {"msg": "no"}]},
+                "body.stop.0: bad; no",
+            ),
+            ({"object": "error", "message": "words", "code": 400}, "words"),
+            ([{"error": {"message": "words", "code": 400}}], "words"),
+            (
+                {"error": {"message": "Provider error", "metadata": {"raw": "words"}}},
+                "Provider error: words",
+            ),
+            (b"plain words\n", "plain words"),
+            (b"p" * 3000, "p" * 2000),
+            (b"", "the upstream answered 401 without a word"),
+            ({}, "the upstream answered 401 without a word"),
+            (
+                b"<!doctype html><html>502",
+                "the upstream answered 401 with a web page",
+            ),
+            (b"w\xff", "w\ufffd"),
+            pytest.param(b"[" * 100_000, "[" * 2000, id="deep"),
+        ],
+    )
+    def test_words(self, body: Any, message: str) -> None:
+        assert oa_error(401, body)["message"] == message
+
+    def test_code(self) -> None:
+        body = {"error": {"message": "pay first", "code": "insufficient_quota"}}
+        assert oa_error(429, body) == {
+            "type": "rate_limit_error",
+            "message": "pay first",
+            "details": {"error_code": "insufficient_quota"},
+        }
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (
+                "This model's maximum context length is 16384 tokens. However, you"
+                " requested 122946 tokens (112946 in the messages, 10000 in the"
+                " completion).",
+                "prompt is too long: 112946 tokens > 16384 maximum (",
+            ),
+            (
+                "This model's maximum context length is 4097 tokens. However, you"
+                " requested 4203 tokens (3703 in the messages, 500 in the completion).",
+                "input length and `max_tokens` exceed context limit: 3703 + 500 > 4097"
+                " (",
+            ),
+            (
+                "'max_tokens' or 'max_completion_tokens' is too large: 64000. This"
+                " model's maximum context length is 64001 tokens and your request has"
+                " 24235 input tokens (64000 > 64001 - 24235).",
+                "input length and `max_tokens` exceed context limit: 24235 + 64000 >"
+                " 64001 (",
+            ),
+            (
+                "This endpoint's maximum context length is 40960 tokens. However, you"
+                " requested about 50016 tokens (12016 of text input, 6000 of tool"
+                " input, 32000 in the output).",
+                "input length and `max_tokens` exceed context limit: 18016 + 32000 >"
+                " 40960 (",
+            ),
+            (
+                "The input (345516 tokens) is longer than the model's context length"
+                " (262144 tokens).",
+                "prompt is too long: 345516 tokens > 262144 maximum (",
+            ),
+            (
+                "This model's maximum context length is 196608 tokens. However, your"
+                " messages resulted in 199906 tokens.",
+                "prompt is too long: 199906 tokens > 196608 maximum (",
+            ),
+            (
+                "request (9000 tokens) exceeds the available context size (8192"
+                " tokens), try increasing it",
+                "prompt is too long: 9000 tokens > 8192 maximum (",
+            ),
+            (
+                "the request exceeds the available context size.",
+                "prompt is too long: the request exceeds",
+            ),
+        ],
+    )
+    def test_full_context(self, words: str, message: str) -> None:
+        told = oa_error(400, {"error": {"message": words, "code": 400}})
+        assert told["message"].startswith(message)
+        assert words in told["message"]
+        events = oa_events(oa_stream(oa_data({"error": {"message": words}})))
+        assert events[0]["error"]["message"] == told["message"]
+
+    def test_full_context_by_its_code(self) -> None:
+        error = {"message": "too much", "code": "context_length_exceeded"}
+        told = oa_error(400, {"error": error})
+        assert told["message"] == "prompt is too long: too much"
+        assert oa_error(429, {"error": error})["message"] == "too much"
+
+
+class TestOpenAINonsense:
+    """Values of wrong types are refused or passed over; nothing breaks."""
+
+    VALUES: tuple[Any, ...] = (
+        None,
+        True,
+        0,
+        -1,
+        2.5,
+        "",
+        "x",
+        [],
+        ["x"],
+        [[]],
+        [{}],
+        {},
+        {"type": "x"},
+    )
+
+    def spoilt(self, rng: random.Random, value: Any) -> Any:
+        """Return a copy with some values replaced."""
+        if rng.random() < 0.08:
+            return rng.choice(self.VALUES)
+        if isinstance(value, dict):
+            return {k: self.spoilt(rng, v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self.spoilt(rng, v) for v in value]
+        return value
+
+    def test_requests(self) -> None:
+        rng = random.Random(1)
+        request = {
+            **OA_ASK,
+            "system": [oa_text("s")],
+            "tools": [OA_TOOL],
+            "tool_choice": {"type": "tool", "name": "look"},
+            "thinking": {"type": "enabled", "budget_tokens": 2000},
+            "output_config": {"effort": "low", "format": {"type": "json_schema"}},
+            "stop_sequences": ["a"],
+            "metadata": {"user_id": "u"},
+            "messages": [
+                oa_user(oa_text("a"), oa_image(), OA_PDF),
+                oa_assistant(oa_text("b"), oa_use("t", q=1)),
+                oa_user(oa_result("t", [oa_text("c")], is_error=True)),
+            ],
+        }
+        settings = claude_lb.OpenAISettings(files=True)
+        for _ in range(3000):
+            why = "path: "
+            try:
+                spoilt = {k: self.spoilt(rng, v) for k, v in request.items()}
+                claude_lb.openai_request(spoilt, settings, None)
+            except claude_lb.RefusedError as refusal:
+                why = refusal.message
+            assert re.match(r"[a-z_.0-9]+: ", why)
+
+    def test_answers(self) -> None:
+        rng = random.Random(2)
+        answer = json.loads(OA_COMPLETION)
+        for _ in range(3000):
+            body = json.dumps(self.spoilt(rng, answer)).encode()
+            with contextlib.suppress(ValueError):
+                json.dumps(claude_lb.openai_message(body, oa_call(), "msg_fb"))
+
+    def test_streams(self) -> None:
+        rng = random.Random(3)
+        chunks = [json.loads(d[6:]) for d in OA_GOLDEN_IN.split(b"\n\n")[:-2]]
+        for _ in range(3000):
+            spoilt = (oa_data(self.spoilt(rng, chunk)) for chunk in chunks)
+            events = oa_events(oa_stream(*spoilt, OA_DONE))
+            assert events[-1]["type"] in ("message_stop", "error")
+
+    def test_errors(self) -> None:
+        rng = random.Random(4)
+        error = {"message": "m", "code": "c", "metadata": {"raw": "r"}, "loc": ["a"]}
+        for _ in range(1000):
+            oa_error(400, self.spoilt(rng, {"error": error, "detail": [error]}))
