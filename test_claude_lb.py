@@ -22597,3 +22597,1739 @@ class TestOpenAINonsense:
         error = {"message": "m", "code": "c", "metadata": {"raw": "r"}, "loc": ["a"]}
         for _ in range(1000):
             oa_error(400, self.spoilt(rng, {"error": error, "detail": [error]}))
+
+
+SONNET_3, SONNET_37 = "claude-3-5-sonnet-1", "claude-3-7-sonnet"
+SONNET_4 = "claude-sonnet-4"
+SONNET_45, OPUS_46, OPUS_48 = "claude-sonnet-4-5", "claude-opus-4-6", "claude-opus-4-8"
+HI = {"role": "user", "content": "hi"}
+HI_SENT = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+GO_ON = {"role": "user", "content": [{"type": "text", "text": "Go on."}]}
+PNG = "iVBORw0KGgo="
+TOOL = {"type": "function", "function": {"name": "look"}}
+TOOL_SENT = {"name": "look", "input_schema": {"type": "object", "properties": {}}}
+NO_RESULT = "no result was given"
+CHAT_CALL = claude_lb.ChatCall(b"", True, False, "asked", {"look_up": "look.up"})
+COUNTED = CHAT_CALL._replace(include_usage=True)
+
+
+def chat(*messages: Any, model: str = "claude-sonnet-4-5", **fields: Any) -> Any:
+    return {"model": model, "messages": list(messages) or [HI], **fields}
+
+
+def called(request: object) -> claude_lb.ChatCall:
+    return claude_lb.chat_request(json.dumps(request).encode())
+
+
+def sent(*messages: Any, **fields: Any) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads(called(chat(*messages, **fields)).body)
+    return made
+
+
+def chat_turns(*messages: Any, **fields: Any) -> Any:
+    return sent(*messages, **fields)["messages"]
+
+
+def refusal(request: object) -> str:
+    body = request if isinstance(request, bytes) else json.dumps(request).encode()
+    with pytest.raises(claude_lb.RefusedError) as caught:
+        claude_lb.chat_request(body)
+    assert (caught.value.status, caught.value.close) == (400, False)
+    return caught.value.message
+
+
+def chat_text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def asks(*calls: tuple[str, str, Any], **fields: Any) -> dict[str, Any]:
+    listed = [
+        {"id": i, "type": "function", "function": {"name": n, "arguments": a}}
+        for i, n, a in calls
+    ]
+    return {"role": "assistant", "content": None, "tool_calls": listed, **fields}
+
+
+def gives(of: str, content: Any) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": of, "content": content}
+
+
+def use(of: str, name: str, **given: Any) -> dict[str, Any]:
+    return {"type": "tool_use", "id": of, "name": name, "input": given}
+
+
+def result(of: str, *blocks: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {"type": "tool_result", "tool_use_id": of}
+    return {**made, "content": list(blocks)} if blocks else made
+
+
+def missing(of: str) -> dict[str, Any]:
+    return {**result(of), "content": NO_RESULT, "is_error": True}
+
+
+class TestChatRequestMessages:
+    def test_a_whole_request_to_the_byte(self) -> None:
+        body = (
+            b'{"model":"claude-sonnet-4-5","messages":[{"role":"system","content":'
+            b'"Be brief."},{"role":"user","content":"h\\u00e9 \\ud83d\\ude00"}],'
+            b'"max_tokens":9,"stream":true,"stream_options":{"include_usage":true}}'
+        )
+        made = claude_lb.chat_request(body)
+        expected = (
+            '{"model":"claude-sonnet-4-5","stream":true,"system":[{"type":"text",'
+            '"text":"Be brief."}],"messages":[{"role":"user","content":'
+            '[{"type":"text","text":"hé 😀"}]}],"max_tokens":9}'
+        )
+        assert made.body.decode() == expected
+        assert made[1:] == (True, True, "claude-sonnet-4-5", {}, False)
+
+    @pytest.mark.parametrize(
+        ("messages", "system", "expected"),
+        [
+            (
+                [
+                    {"role": "system", "content": "a"},
+                    HI,
+                    {
+                        "role": "developer",
+                        "content": [chat_text("b"), chat_text(""), chat_text("c")],
+                    },
+                ],
+                [chat_text("a"), chat_text("b"), chat_text("c")],
+                [HI_SENT],
+            ),
+            ([{"role": "system", "content": "a"}], [chat_text("a")], [GO_ON]),
+            ([{"role": "user", "content": "", "name": "me"}], None, [GO_ON]),
+            ([{"role": "user", "content": " \n\t"}, HI], None, [HI_SENT]),
+            ([{"role": "user", "content": [chat_text("  ")]}, HI], None, [HI_SENT]),
+            (
+                [
+                    HI,
+                    {"role": "user", "content": [chat_text("you"), chat_text("there")]},
+                ],
+                None,
+                [
+                    {
+                        "role": "user",
+                        "content": [
+                            chat_text("hi"),
+                            chat_text("you"),
+                            chat_text("there"),
+                        ],
+                    }
+                ],
+            ),
+            (
+                [{"role": "assistant", "content": "a"}, HI],
+                None,
+                [GO_ON, {"role": "assistant", "content": [chat_text("a")]}, HI_SENT],
+            ),
+            (
+                [
+                    HI,
+                    {"role": "assistant", "content": [chat_text("a")], "refusal": "no"},
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "refusal", "refusal": "never"}],
+                    },
+                    HI,
+                ],
+                None,
+                [
+                    HI_SENT,
+                    {
+                        "role": "assistant",
+                        "content": [
+                            chat_text("a"),
+                            chat_text("no"),
+                            chat_text("never"),
+                        ],
+                    },
+                    HI_SENT,
+                ],
+            ),
+            (
+                [
+                    HI,
+                    {"role": "assistant", "content": "a", "reasoning_content": "hm"},
+                    HI,
+                ],
+                None,
+                [
+                    HI_SENT,
+                    {
+                        "role": "assistant",
+                        "content": [
+                            {
+                                "type": "thinking",
+                                "thinking": "hm",
+                                "signature": claude_lb.UNSIGNED,
+                            },
+                            chat_text("a"),
+                        ],
+                    },
+                    HI_SENT,
+                ],
+            ),
+            (
+                [
+                    HI,
+                    {"role": "assistant", "content": None, "reasoning_content": "hm"},
+                    HI,
+                ],
+                None,
+                [{"role": "user", "content": [chat_text("hi"), chat_text("hi")]}],
+            ),
+            (
+                [HI, {"role": "assistant", "content": None}, HI],
+                None,
+                [{"role": "user", "content": [chat_text("hi"), chat_text("hi")]}],
+            ),
+        ],
+        ids=[
+            "instructions keep their order",
+            "instructions alone",
+            "an empty text",
+            "blanks",
+            "a part of blanks",
+            "one role twice",
+            "the assistant begins",
+            "refusals",
+            "reasoning",
+            "reasoning alone",
+            "an empty answer",
+        ],
+    )
+    def test_messages(self, messages: Any, system: Any, expected: Any) -> None:
+        made = sent(*messages)
+        assert (made.get("system"), made["messages"]) == (system, expected)
+
+    def test_the_last_word_is_the_users_where_an_answer_cannot_be_begun(self) -> None:
+        begun = {"role": "assistant", "content": "So"}
+        assert chat_turns(HI, begun)[-1]["role"] == "assistant"
+        assert chat_turns(HI, begun, model="other")[-1]["role"] == "assistant"
+        assert chat_turns(HI, begun, model=OPUS_46)[-1] == GO_ON
+
+    @pytest.mark.parametrize(
+        ("part", "block"),
+        [
+            (
+                {
+                    "type": "image_url",
+                    "image_url": {
+                        "url": f"data:image/png;base64,{PNG}",
+                        "detail": "low",
+                    },
+                },
+                {
+                    "type": "image",
+                    "source": {
+                        "type": "base64",
+                        "media_type": "image/png",
+                        "data": PNG,
+                    },
+                },
+            ),
+            (
+                {"type": "image_url", "image_url": f"data:IMAGE/jpg;x=y;base64,{PNG}"},
+                {
+                    "type": "image",
+                    "source": {
+                        "type": "base64",
+                        "media_type": "image/jpeg",
+                        "data": PNG,
+                    },
+                },
+            ),
+            (
+                {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}},
+                {
+                    "type": "image",
+                    "source": {"type": "url", "url": "https://a.example/b.png"},
+                },
+            ),
+            (
+                {
+                    "type": "file",
+                    "file": {
+                        "filename": "a.pdf",
+                        "file_data": "data:application/pdf;base64,JVBERi0x",
+                    },
+                },
+                {
+                    "type": "document",
+                    "source": {
+                        "type": "base64",
+                        "media_type": "application/pdf",
+                        "data": "JVBERi0x",
+                    },
+                    "title": "a.pdf",
+                },
+            ),
+            (
+                {"type": "file", "file": {"file_data": "JVBERi0x"}},
+                {
+                    "type": "document",
+                    "source": {
+                        "type": "base64",
+                        "media_type": "application/pdf",
+                        "data": "JVBERi0x",
+                    },
+                },
+            ),
+            (
+                {**chat_text("long"), "cache_control": {"type": "ephemeral"}},
+                {**chat_text("long"), "cache_control": {"type": "ephemeral"}},
+            ),
+        ],
+    )
+    def test_parts(self, part: Any, block: Any) -> None:
+        for content in ([part], [chat_text("see"), part]):
+            made = chat_turns({"role": "user", "content": content})
+            assert made[0]["content"][-1] == block
+
+    @pytest.mark.parametrize(
+        ("messages", "start"),
+        [
+            ([], "messages: "),
+            ([1], "messages.0: "),
+            ([{"role": "user", "content": 1}], "messages.0.content: "),
+            ([HI, {"role": "robot", "content": ""}], "messages.1.role: "),
+            ([HI, {"role": ["user"], "content": ""}], "messages.1.role: "),
+            (
+                [{"role": "user", "content": [chat_text("a"), 1]}],
+                "messages.0.content.1: ",
+            ),
+            (
+                [{"role": "user", "content": [{"type": "text", "text": 1}]}],
+                "messages.0.content.0.text: ",
+            ),
+            (
+                [{"role": "user", "content": [{"type": "input_audio"}]}],
+                "messages.0.content.0: ",
+            ),
+            (
+                [{"role": "system", "content": [{"type": "image_url"}]}],
+                "messages.0.content.0: ",
+            ),
+            (
+                [{"role": "user", "content": [{"type": "image_url"}]}],
+                "messages.0.content.0.image_url: ",
+            ),
+            (
+                [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image_url", "image_url": {"url": "ftp://a/b"}}
+                        ],
+                    }
+                ],
+                "messages.0.content.0.image_url.url: ",
+            ),
+            (
+                [
+                    {
+                        "role": "user",
+                        "content": [
+                            {
+                                "type": "image_url",
+                                "image_url": "data:image/bmp;base64,a",
+                            }
+                        ],
+                    }
+                ],
+                "messages.0.content.0.image_url: image/bmp ",
+            ),
+            (
+                [
+                    {
+                        "role": "user",
+                        "content": [{"type": "file", "file": {"file_id": "file-1"}}],
+                    }
+                ],
+                "messages.0.content.0.file.file_id: ",
+            ),
+            (
+                [
+                    {
+                        "role": "user",
+                        "content": [
+                            {
+                                "type": "file",
+                                "file": {"file_data": "data:text/x;base64,"},
+                            }
+                        ],
+                    }
+                ],
+                "messages.0.content.0.file.file_data: ",
+            ),
+            (
+                [{"role": "assistant", "content": None, "audio": {"id": "a"}}],
+                "messages.0.audio: ",
+            ),
+            ([HI, gives("a", "b")], "messages.1.tool_call_id: "),
+            ([asks(("a", "f", "")), gives("b", "")], "messages.1.tool_call_id: "),
+            (
+                [asks(("a", "f", "")), gives("a", ""), gives("a", "")],
+                "messages.2.tool_call_id: ",
+            ),
+            (
+                [asks(("a", "f", "")), gives("a", ""), HI, asks(), gives("a", "")],
+                "messages.4.tool_call_id: ",
+            ),
+            (
+                [HI, {"role": "function", "name": "f", "content": ""}],
+                "messages.1.name: ",
+            ),
+            ([asks(("", "f", ""))], "messages.0.tool_calls.0.id: "),
+            ([asks(("a", "", ""))], "messages.0.tool_calls.0.function.name: "),
+            (
+                [{**asks(), "tool_calls": [{"type": "custom"}]}],
+                "messages.0.tool_calls.0.type: ",
+            ),
+        ],
+    )
+    def test_what_has_no_equal_is_refused_with_its_path(
+        self, messages: Any, start: str
+    ) -> None:
+        message = refusal({"model": "m", "messages": messages})
+        assert message.startswith(start), message
+        assert len(message) > len(start) + 5
+
+
+class TestChatRequestCalls:
+    def test_calls_and_results_are_paired(self) -> None:
+        made = chat_turns(
+            HI,
+            asks(("a", "f", '{"x":1}'), ("b", "g", ""), content="wait"),
+            gives("b", "two"),
+            gives("a", [chat_text("one"), chat_text("")]),
+            {"role": "user", "content": "and?"},
+            tools=[TOOL],
+        )
+        assert made == [
+            HI_SENT,
+            {
+                "role": "assistant",
+                "content": [chat_text("wait"), use("a", "f", x=1), use("b", "g")],
+            },
+            {
+                "role": "user",
+                "content": [
+                    result("b", chat_text("two")),
+                    result("a", chat_text("one")),
+                    chat_text("and?"),
+                ],
+            },
+        ]
+
+    @pytest.mark.parametrize(
+        ("after", "content"),
+        [
+            ([], [missing("a"), missing("b")]),
+            ([gives("b", "")], [result("b"), missing("a")]),
+            ([HI], [missing("a"), missing("b"), chat_text("hi")]),
+            (
+                [HI, gives("a", "late")],
+                [result("a", chat_text("late")), missing("b"), chat_text("hi")],
+            ),
+        ],
+    )
+    def test_a_call_without_a_result_gets_an_error(
+        self, after: Any, content: Any
+    ) -> None:
+        made = chat_turns(HI, asks(("a", "f", ""), ("b", "f", "")), *after)
+        assert made[2:] == [{"role": "user", "content": content}]
+
+    def test_calls_in_two_messages_are_of_one_turn(self) -> None:
+        made = chat_turns(
+            HI,
+            asks(("a", "f", "")),
+            asks(("b", "f", "")),
+            gives("b", "2"),
+            gives("a", "1"),
+        )
+        assert made[1]["content"] == [use("a", "f"), use("b", "f")]
+        assert [b["tool_use_id"] for b in made[2]["content"]] == ["b", "a"]
+
+    def test_an_image_in_a_result(self) -> None:
+        url = f"data:image/png;base64,{PNG}"
+        part = {"type": "image_url", "image_url": {"url": url}}
+        made = chat_turns(HI, asks(("a", "f", "")), gives("a", [part]))
+        assert made[2]["content"][0]["content"][0]["source"]["data"] == PNG
+
+    @pytest.mark.parametrize(
+        ("arguments", "given"),
+        [
+            ('{"a":[1,2.5,null]}', {"a": [1, 2.5, None]}),
+            ("", {}),
+            (None, {}),
+            ({"a": 1}, {"a": 1}),
+            ("[1]", {"arguments": [1]}),
+            ('{"a":', {"arguments": '{"a":'}),
+            ('{"a":NaN}', {"arguments": '{"a":NaN}'}),
+            ('{"a":1e999}', {"arguments": '{"a":1e999}'}),
+        ],
+    )
+    def test_arguments(self, arguments: Any, given: Any) -> None:
+        made = chat_turns(HI, asks(("a", "f", arguments)))
+        assert made[1]["content"][0]["input"] == given
+
+    def test_ids_and_names_are_made_fit(self) -> None:
+        long = "n" * 200
+        call = called(
+            chat(
+                HI,
+                asks(
+                    ("a:1", "look.up", ""),
+                    ("a_1", "look_up", ""),
+                    ("é" * 300, long, ""),
+                ),
+                gives("a_1", "second"),
+                gives("a:1", "first"),
+                gives("é" * 300, "third"),
+                asks(("a:1", "look.up", "")),
+                gives("a:1", "again"),
+                tools=[TOOL, {"type": "function", "function": {"name": "look.up"}}],
+            )
+        )
+        made = json.loads(call.body)
+        uses = [b for m in made["messages"] for b in m["content"] if "input" in b]
+        ids, names = [u["id"] for u in uses], [u["name"] for u in uses]
+        assert (ids[0], len(set(ids))) == ("a_1", 4)
+        assert (names[0], names[3], len(set(names))) == ("look_up", "look_up", 3)
+        assert all(re.fullmatch("[A-Za-z0-9_-]{1,128}", x) for x in ids + names)
+        results = {
+            b["tool_use_id"]: b["content"][0]["text"]
+            for m in made["messages"]
+            for b in m["content"]
+            if b["type"] == "tool_result"
+        }
+        assert [results[i] for i in ids] == ["first", "second", "third", "again"]
+        assert [t["name"] for t in made["tools"]] == ["look", "look_up"]
+        back = [call.names.get(name, name) for name in names]
+        assert back == ["look.up", "look_up", long, "look.up"]
+        assert "look" not in call.names
+
+    def test_ids_stay_what_they_are_from_turn_to_turn(self) -> None:
+        messages: list[Any] = [HI]
+        before: Any = []
+        for _ in range(5):
+            messages += [asks(("call.0", "f", "")), gives("call.0", "x"), HI]
+            made = chat_turns(*messages)
+            assert made[: len(before)] == before
+            before = made
+
+    def test_the_old_kind_of_call(self) -> None:
+        call = called(
+            chat(
+                HI,
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "function_call": {"name": "f", "arguments": '{"a":1}'},
+                },
+                {"role": "function", "name": "f", "content": "done"},
+                functions=[{"name": "f", "description": "does"}],
+                function_call={"name": "f"},
+            )
+        )
+        made = json.loads(call.body)
+        assert call.legacy
+        assert made["messages"][1]["content"] == [use("f", "f", a=1)]
+        assert made["messages"][2]["content"] == [result("f", chat_text("done"))]
+        assert made["tools"] == [
+            {
+                "name": "f",
+                "description": "does",
+                "input_schema": {"type": "object", "properties": {}},
+            }
+        ]
+        assert made["tool_choice"] == {
+            "type": "tool",
+            "name": "f",
+            "disable_parallel_tool_use": True,
+        }
+
+    def test_tools_that_were_called_are_listed(self) -> None:
+        made = sent(HI, asks(("a", "look", "")))
+        assert made["tools"] == [TOOL_SENT]
+        assert made["tool_choice"] == {"type": "none"}
+
+
+class TestChatRequestTools:
+    def test_tools(self) -> None:
+        schema = {"type": "object", "properties": {"q": {"type": "string"}}}
+        whole = {"name": "f", "description": "d", "parameters": schema, "strict": True}
+        tools = [
+            TOOL,
+            {"type": "function", "function": whole},
+            {
+                "type": "function",
+                "function": {"name": "g", "parameters": {"$defs": {}}},
+            },
+        ]
+        expected: list[dict[str, Any]] = [
+            TOOL_SENT,
+            {"name": "f", "description": "d", "input_schema": schema, "strict": True},
+            {"name": "g", "input_schema": {"type": "object", "$defs": {}}},
+        ]
+        assert sent(tools=tools)["tools"] == expected
+        assert sent(tools=tools, model="gpt-5")["tools"] == expected
+        del expected[1]["strict"]
+        assert sent(tools=tools, model=SONNET_4)["tools"] == expected
+        assert "tool_choice" not in sent(tools=tools)
+
+    @pytest.mark.parametrize(
+        ("fields", "choice"),
+        [
+            ({"tool_choice": "auto"}, {"type": "auto"}),
+            ({"tool_choice": "none"}, {"type": "none"}),
+            ({"tool_choice": "required"}, {"type": "any"}),
+            ({"tool_choice": TOOL}, {"type": "tool", "name": "look"}),
+            (
+                {"parallel_tool_calls": False},
+                {"type": "auto", "disable_parallel_tool_use": True},
+            ),
+            ({"parallel_tool_calls": True}, None),
+            (
+                {"parallel_tool_calls": False, "tool_choice": "required"},
+                {"type": "any", "disable_parallel_tool_use": True},
+            ),
+            ({"parallel_tool_calls": False, "tool_choice": "none"}, {"type": "none"}),
+        ],
+    )
+    def test_choices(self, fields: Any, choice: Any) -> None:
+        assert sent(tools=[TOOL], **fields).get("tool_choice") == choice
+        assert "tool_choice" not in sent(**fields)
+
+    @pytest.mark.parametrize("mode", ["auto", "required"])
+    def test_allowed_tools(self, mode: str) -> None:
+        other = {"type": "function", "function": {"name": "other"}}
+        allowed = {"mode": mode, "tools": [TOOL]}
+        choice = {"type": "allowed_tools", "allowed_tools": allowed}
+        made = sent(tools=[other, TOOL], tool_choice=choice)
+        assert made["tools"] == [TOOL_SENT]
+        assert made["tool_choice"] == {"type": "any" if mode == "required" else "auto"}
+
+    @pytest.mark.parametrize(
+        ("model", "forced"),
+        [
+            ("claude-opus-5", True),
+            ("claude-haiku-5-5", True),
+            ("gpt-5", True),
+            ("claude-opus-5-5", False),
+            ("claude-sonnet-5-5-20260928", False),
+            ("claude-fable-5-1", False),
+            ("claude-fable-5", True),
+        ],
+    )
+    def test_a_call_that_cannot_be_forced_is_asked_for(
+        self, model: str, forced: bool
+    ) -> None:
+        made = sent(tools=[TOOL], tool_choice=TOOL, model=model)
+        if forced:
+            assert made["tool_choice"] == {"type": "tool", "name": "look"}
+            assert "system" not in made
+        else:
+            assert made["tool_choice"] == {"type": "auto"}
+            assert made["system"] == [chat_text("Call the tool look in your answer.")]
+            other = sent(tools=[TOOL], tool_choice="required", model=model)
+            assert "at least one" in other["system"][0]["text"]
+
+    @pytest.mark.parametrize(
+        ("fields", "start"),
+        [
+            ({"tools": {}}, "tools: "),
+            ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0.type: "),
+            ({"tools": [{"type": "function"}]}, "tools.0.function: "),
+            (
+                {"tools": [{"type": "function", "function": {"name": 1}}]},
+                "tools.0.function.name: ",
+            ),
+            (
+                {
+                    "tools": [
+                        {
+                            "type": "function",
+                            "function": {"name": "f", "parameters": {"type": "array"}},
+                        }
+                    ]
+                },
+                "tools.0.function.parameters.type: ",
+            ),
+            ({"functions": [{"name": ""}]}, "functions.0.name: "),
+            ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice: "),
+            ({"tools": [TOOL], "tool_choice": 1}, "tool_choice: "),
+            (
+                {"tools": [TOOL], "tool_choice": {"type": "function"}},
+                "tool_choice.function: ",
+            ),
+            (
+                {"tools": [TOOL], "tool_choice": {"function": {"name": "g"}}},
+                "tool_choice.function.name: ",
+            ),
+            (
+                {
+                    "tools": [TOOL],
+                    "tool_choice": {
+                        "type": "allowed_tools",
+                        "allowed_tools": {"mode": "some", "tools": [TOOL]},
+                    },
+                },
+                "tool_choice.allowed_tools.mode: ",
+            ),
+            (
+                {"functions": [{"name": "f"}], "function_call": {"name": "g"}},
+                "function_call.name: ",
+            ),
+        ],
+    )
+    def test_refusals(self, fields: Any, start: str) -> None:
+        assert refusal(chat(**fields)).startswith(start)
+
+
+class TestChatRequestSettings:
+    @pytest.mark.parametrize(
+        ("model", "fields", "most"),
+        [
+            ("claude-opus-4-8", {}, 32000),
+            ("claude-sonnet-4-20250514", {}, 32000),
+            ("claude-3-5-sonnet-20241022", {}, 8192),
+            ("claude-3-haiku-20240307", {}, 4096),
+            ("gpt-5", {}, 8192),
+            ("gpt-5", {"max_tokens": 5}, 5),
+            ("gpt-5", {"max_tokens": 5, "max_completion_tokens": 7}, 7),
+            ("gpt-5", {"max_tokens": 0}, 0),
+            ("gpt-5", {"max_tokens": 5, "max_completion_tokens": None}, 5),
+        ],
+    )
+    def test_limits(self, model: str, fields: Any, most: int) -> None:
+        assert sent(model=model, **fields)["max_tokens"] == most
+
+    @pytest.mark.parametrize(
+        ("model", "given", "taken"),
+        [
+            (
+                SONNET_4,
+                {"temperature": 1.7, "top_p": 0.5},
+                {"temperature": 1, "top_p": 0.5},
+            ),
+            (SONNET_4, {"temperature": 0, "top_k": 4}, {"temperature": 0, "top_k": 4}),
+            (SONNET_45, {"temperature": 0.5, "top_p": 0.5}, {"temperature": 0.5}),
+            (SONNET_45, {"top_p": 0.5}, {"top_p": 0.5}),
+            ("claude-opus-4-7", {"temperature": 0.5, "top_p": 0.5, "top_k": 1}, {}),
+            ("claude-sonnet-5-5", {"temperature": 1}, {}),
+            (
+                "gpt-5",
+                {"temperature": 0.5, "top_p": 0.5},
+                {"temperature": 0.5, "top_p": 0.5},
+            ),
+            (SONNET_4, {"temperature": 0.5, "reasoning_effort": "low"}, {}),
+            (
+                SONNET_4,
+                {"temperature": 0.5, "reasoning_effort": "none"},
+                {"temperature": 0.5},
+            ),
+            (SONNET_4, {"temperature": None}, {}),
+        ],
+    )
+    def test_sampling(self, model: str, given: Any, taken: Any) -> None:
+        made = sent(model=model, **given)
+        names = ("temperature", "top_p", "top_k")
+        assert {n: made[n] for n in names if n in made} == taken
+
+    @pytest.mark.parametrize(
+        ("model", "effort", "made"),
+        [
+            (SONNET_3, "high", {}),
+            (SONNET_3, "none", {}),
+            (
+                SONNET_37,
+                "minimal",
+                {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+            ),
+            (SONNET_4, "low", {"thinking": {"type": "enabled", "budget_tokens": 1024}}),
+            (
+                SONNET_4,
+                "medium",
+                {"thinking": {"type": "enabled", "budget_tokens": 2048}},
+            ),
+            (
+                SONNET_45,
+                "high",
+                {"thinking": {"type": "enabled", "budget_tokens": 4096}},
+            ),
+            (
+                SONNET_45,
+                "xhigh",
+                {"thinking": {"type": "enabled", "budget_tokens": 8192}},
+            ),
+            (
+                SONNET_45,
+                "max",
+                {"thinking": {"type": "enabled", "budget_tokens": 16384}},
+            ),
+            (SONNET_45, "none", {"thinking": {"type": "disabled"}}),
+            (
+                OPUS_46,
+                "xhigh",
+                {"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}},
+            ),
+            (
+                OPUS_46,
+                "max",
+                {"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}},
+            ),
+            (
+                OPUS_48,
+                "minimal",
+                {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}},
+            ),
+            (
+                OPUS_48,
+                "xhigh",
+                {
+                    "thinking": {"type": "adaptive"},
+                    "output_config": {"effort": "xhigh"},
+                },
+            ),
+            (OPUS_48, "none", {"thinking": {"type": "disabled"}}),
+            ("claude-haiku-5-5", "none", {"thinking": {"type": "disabled"}}),
+            ("claude-opus-5-5", "none", {"output_config": {"effort": "low"}}),
+            ("claude-fable-5", "none", {"output_config": {"effort": "low"}}),
+            ("claude-sonnet-5-5", "none", {"thinking": {"type": "between_tools"}}),
+            ("gpt-5", "medium", {"output_config": {"effort": "medium"}}),
+            ("gpt-5", "none", {"thinking": {"type": "disabled"}}),
+            (OPUS_48, None, {}),
+        ],
+    )
+    def test_effort(self, model: str, effort: str, made: Any) -> None:
+        whole = sent(model=model, reasoning_effort=effort)
+        names = ("thinking", "output_config")
+        assert {n: whole[n] for n in names if n in whole} == made
+        assert whole["max_tokens"] > made.get("thinking", {}).get("budget_tokens", 0)
+
+    def test_the_limit_grows_above_what_is_thought(self) -> None:
+        made = sent(model=SONNET_4, reasoning_effort="high", max_tokens=500)
+        assert made["max_tokens"] == 4596
+        made = sent(model=SONNET_4, reasoning_effort="high", max_tokens=5000)
+        assert made["max_tokens"] == 5000
+
+    def test_there_are_times_when_nothing_can_be_thought(self) -> None:
+        effort: dict[str, Any] = {"reasoning_effort": "low", "tools": [TOOL]}
+        talk = [HI, asks(("a", "look", "")), gives("a", "x")]
+        assert "thinking" not in sent(*talk, model=SONNET_4, **effort)
+        assert "thinking" in sent(
+            *talk, asks(content="a"), HI, model=SONNET_4, **effort
+        )
+        assert "thinking" in sent(*talk, model=OPUS_46, **effort)
+        begun = {"role": "assistant", "content": "So"}
+        assert "thinking" not in sent(HI, begun, model=SONNET_4, **effort)
+        made = sent(model=SONNET_4, tool_choice="required", **effort)
+        assert "thinking" not in made
+        made = sent(model=OPUS_46, tool_choice="required", **effort)
+        assert "thinking" not in made
+        assert made["output_config"] == {"effort": "low"}
+
+    def test_thinking_as_anthropics_own_server_takes_it(self) -> None:
+        thinking = {"type": "enabled", "budget_tokens": 3000}
+        made = sent(thinking=thinking, temperature=0.5, max_tokens=100)
+        assert (made["thinking"], made["max_tokens"]) == (thinking, 3100)
+        assert "temperature" not in made
+
+    @pytest.mark.parametrize(
+        ("wanted", "model", "config", "system"),
+        [
+            ({"type": "text"}, SONNET_45, None, None),
+            (
+                {"type": "json_object"},
+                SONNET_45,
+                None,
+                [chat_text("Answer with one JSON object and nothing else.")],
+            ),
+            (
+                {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": {"a": 1}},
+                },
+                SONNET_45,
+                {"format": {"type": "json_schema", "schema": {"a": 1}}},
+                None,
+            ),
+            (
+                {"type": "json_schema", "json_schema": {"schema": {"a": 1}}},
+                "gpt-5",
+                {"format": {"type": "json_schema", "schema": {"a": 1}}},
+                None,
+            ),
+            (
+                {"type": "json_schema", "json_schema": {"schema": {"a": 1}}},
+                SONNET_4,
+                None,
+                [
+                    chat_text(
+                        "Answer with one JSON object that fits this JSON schema and "
+                        'nothing else: {"a":1}'
+                    )
+                ],
+            ),
+        ],
+    )
+    def test_formats(self, wanted: Any, model: str, config: Any, system: Any) -> None:
+        made = sent(response_format=wanted, model=model)
+        assert (made.get("output_config"), made.get("system")) == (config, system)
+
+    def test_effort_and_format_stand_side_by_side(self) -> None:
+        schema = {"type": "json_schema", "json_schema": {"schema": {"a": 1}}}
+        made = sent(model=OPUS_48, response_format=schema, reasoning_effort="high")
+        assert sorted(made["output_config"]) == ["effort", "format"]
+
+    @pytest.mark.parametrize(
+        ("fields", "made"),
+        [
+            ({"stop": "END"}, {"stop_sequences": ["END"]}),
+            ({"stop": ["a", " ", "", "b"]}, {"stop_sequences": ["a", "b"]}),
+            ({"stop": "\n"}, {}),
+            ({"stop": None}, {}),
+            ({"user": "u1"}, {"metadata": {"user_id": "u1"}}),
+            ({"user": "u1", "safety_identifier": "s"}, {"metadata": {"user_id": "s"}}),
+            ({"user": "me@a.example"}, {}),
+            ({"service_tier": "default"}, {"service_tier": "standard_only"}),
+            ({"service_tier": "auto"}, {"service_tier": "auto"}),
+            ({"service_tier": "flex"}, {}),
+            ({"stream": True}, {"stream": True}),
+            ({"stream": False, "stream_options": None}, {}),
+            ({"n": 1}, {}),
+            (
+                {
+                    "seed": 1,
+                    "logprobs": True,
+                    "logit_bias": {"1": 2},
+                    "presence_penalty": 1,
+                    "modalities": ["text"],
+                    "store": True,
+                    "prompt_cache_key": "k",
+                    "metadata": {"a": "b"},
+                    "made_up": [],
+                },
+                {},
+            ),
+        ],
+    )
+    def test_the_other_fields(self, fields: Any, made: Any) -> None:
+        plain = {"model", "messages", "max_tokens"}
+        whole = sent(**fields)
+        assert {k: v for k, v in whole.items() if k not in plain} == made
+
+    @pytest.mark.parametrize(
+        ("request_", "start"),
+        [
+            (b"", "the body is no JSON object"),
+            (b"[]", "the body is no JSON object"),
+            (b'{"model":NaN}', "the body is no JSON object"),
+            (b'{"a":' + b"[" * 100_000, "the body is no JSON object"),
+            ({"messages": [HI]}, "model: "),
+            ({"model": 1, "messages": [HI]}, "model: "),
+            ({"model": "m"}, "messages: "),
+            (chat(n=2), "n: "),
+            (chat(max_tokens="9"), "max_tokens: "),
+            (chat(max_tokens=True), "max_tokens: "),
+            (chat(max_completion_tokens=-1), "max_completion_tokens: "),
+            (chat(temperature="hot"), "temperature: "),
+            (chat(top_p=True), "top_p: "),
+            (chat(stop=[1]), "stop: "),
+            (chat(stream=1), "stream: "),
+            (chat(stream_options=[]), "stream_options: "),
+            (chat(reasoning_effort="huge"), "reasoning_effort: "),
+            (chat(response_format={"type": "xml"}), "response_format.type: "),
+            (
+                chat(response_format={"type": "json_schema"}),
+                "response_format.json_schema: ",
+            ),
+            (
+                chat(
+                    response_format={
+                        "type": "json_schema",
+                        "json_schema": {"name": "n"},
+                    }
+                ),
+                "response_format.json_schema.schema: ",
+            ),
+        ],
+    )
+    def test_refusals(self, request_: Any, start: str) -> None:
+        assert refusal(request_).startswith(start)
+
+    def test_what_is_ignored_stands_in_the_table(self) -> None:
+        for name in ("seed", "logit_bias", "store", "top_p", "service_tier"):
+            assert f"`{name}`" in README_DIALECTS
+
+
+class RandomChat:
+    """Makes bodies that a client could send."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.models = [
+            SONNET_3,
+            SONNET_4,
+            SONNET_45,
+            OPUS_48,
+            "claude-opus-5-5",
+            "gpt-5",
+        ]
+
+    def words(self) -> str:
+        signs = ["", " ", "\n", "a", "é", "😀", "\u2028", '"', "\\", "\0", "data: x"]
+        return "".join(self.random.choices(signs, k=self.random.randrange(4)))
+
+    def content(self, parts: list[Any]) -> Any:
+        if self.random.random() < 0.5:
+            return self.random.choice([None, self.words()])
+        count = self.random.randrange(4)
+        texts = [chat_text(self.words()) for _ in range(count)]
+        return [self.random.choice([t, *parts]) for t in texts]
+
+    def user(self) -> dict[str, Any]:
+        image = {"type": "image_url", "image_url": {"url": "https://a.example/b"}}
+        return {"role": "user", "content": self.content([image])}
+
+    def call(self) -> tuple[str, str, Any]:
+        arguments = ["", "{}", '{"a":"é"}', "[", "null", None, {"b": 1}]
+        ids = ["call_1", "call.2", "é", "call_1", f"c{self.random.random()}", "x" * 200]
+        names = ["f", "g.h", "g_h", "n" * 150, "é", "ü"]
+        pick = self.random.choice
+        return pick(ids), pick(names), pick(arguments)
+
+    def turn(self) -> list[dict[str, Any]]:
+        role = self.random.randrange(6)
+        if role < 2:
+            return [self.user()]
+        if role == 2:
+            one = {"role": self.random.choice(["system", "developer"])}
+            return [{**one, "content": self.content([])}]
+        calls = [self.call() for _ in range(self.random.randrange(4))]
+        extra = {"reasoning_content": self.words(), "refusal": self.words()}
+        answer = asks(*calls, content=self.content([]), **extra)
+        results = [gives(i, self.content([])) for i, _, _ in calls]
+        self.random.shuffle(results)
+        kept = results[: self.random.randrange(len(results) + 1)]
+        between = [self.user()] if self.random.random() < 0.2 else []
+        return [answer, *between, *kept]
+
+    def body(self) -> dict[str, Any]:
+        messages = [m for _ in range(self.random.randrange(8)) for m in self.turn()]
+        body: dict[str, Any] = chat(*messages, model=self.random.choice(self.models))
+        if self.random.random() < 0.5:
+            body["tools"] = [TOOL, {"type": "function", "function": {"name": "g.h"}}]
+        for name, values in (
+            ("tool_choice", ["auto", "none", "required", TOOL]),
+            ("parallel_tool_calls", [True, False]),
+            ("reasoning_effort", ["none", "low", "max"]),
+            ("temperature", [0, 0.5, 2]),
+            ("max_tokens", [0, 1, 5000]),
+            ("stop", ["", "a", ["a", " "]]),
+        ):
+            if self.random.random() < 0.3:
+                body[name] = self.random.choice(values)
+        return body
+
+
+def used_in(message: Mapping[str, Any], kind: str, field: str) -> list[str]:
+    return [block[field] for block in message["content"] if block["type"] == kind]
+
+
+def inside(value: Any) -> list[Any]:
+    """Return all objects and lists in a document."""
+    if not isinstance(value, (dict, list)):
+        return []
+    inner = value.values() if isinstance(value, dict) else value
+    return [value, *(found for one in inner for found in inside(one))]
+
+
+class TestChatRequestInvariants:
+    def check_blocks(self, blocks: Iterable[Mapping[str, Any]]) -> None:
+        for block in blocks:
+            if block["type"] == "text":
+                assert block["text"].strip()
+            content = block.get("content", [])
+            assert content or "content" not in block
+            if isinstance(content, list):
+                self.check_blocks(content)
+
+    def check_pairs(self, messages: list[Any]) -> None:
+        following = [*messages[1:], {"content": []}]
+        seen: list[str] = []
+        assert not used_in(messages[0], "tool_result", "tool_use_id")
+        for message, after in zip(messages, following):
+            calls = used_in(message, "tool_use", "id")
+            results = used_in(after, "tool_result", "tool_use_id")
+            assert sorted(calls) == sorted(results)
+            kinds = [b["type"] == "tool_result" for b in after["content"]]
+            assert kinds == sorted(kinds, reverse=True)
+            seen += calls
+        assert len(seen) == len(set(seen))
+
+    def check_names(self, made: Mapping[str, Any], names: Mapping[str, str]) -> None:
+        blocks = [b for m in made["messages"] for b in m["content"]]
+        uses = [b for b in blocks if b["type"] == "tool_use"]
+        listed = [t["name"] for t in made.get("tools", [])]
+        assert len(listed) == len(set(listed))
+        assert bool(listed) or not uses
+        for name in [*listed, *(u["name"] for u in uses), *(u["id"] for u in uses)]:
+            assert re.fullmatch("[A-Za-z0-9_-]{1,128}", name)
+        choice = made.get("tool_choice", {"type": "auto"})
+        assert choice.get("name") in [None, *listed]
+        assert len(set(names.values())) == len(names)
+        assert all(isinstance(use["input"], dict) for use in uses)
+
+    def test_any_chat_becomes_what_the_messages_api_takes(self) -> None:
+        for seed in range(300):
+            body = RandomChat(seed).body()
+            call = called(body)
+            made = json.loads(call.body)
+            messages = made["messages"]
+            roles = [m["role"] for m in messages]
+            assert roles == (["user", "assistant"] * len(roles))[: len(roles)], seed
+            assert all(m["content"] for m in messages), seed
+            self.check_blocks(b for m in messages for b in m["content"])
+            self.check_blocks(made.get("system", [chat_text("a")]))
+            self.check_pairs(messages)
+            self.check_names(made, call.names)
+            budget = made.get("thinking", {}).get("budget_tokens", -1)
+            assert made["max_tokens"] > budget, seed
+
+    def test_nonsense_is_refused_and_nothing_else(self) -> None:
+        junk: list[Any] = [
+            None,
+            1,
+            1.5,
+            True,
+            "",
+            "x",
+            [],
+            [1],
+            {},
+            {"type": "x"},
+            [[]],
+        ]
+        for seed in range(300):
+            chance = random.Random(seed)
+            body = RandomChat(seed).body()
+            holders = [h for h in inside(body) if h]
+            holder = chance.choice(holders)
+            keys = list(holder if isinstance(holder, dict) else range(len(holder)))
+            holder[chance.choice(keys)] = chance.choice(junk)
+            try:
+                made = called(body)
+            except claude_lb.RefusedError as error:
+                assert error.status == 400  # noqa: PT017 - either is right
+            else:
+                json.loads(made.body)
+
+
+CHAT_MESSAGE: dict[str, Any] = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude-x",
+    "content": [
+        {"type": "thinking", "thinking": "hm", "signature": "s"},
+        {"type": "redacted_thinking", "data": "r"},
+        {"type": "text", "text": "Hello"},
+        {"type": "server_tool_use", "id": "st", "name": "web_search", "input": {}},
+        {"type": "web_search_tool_result", "tool_use_id": "st", "content": []},
+        {"type": "text", "text": " there", "citations": []},
+        {"type": "tool_use", "id": "t1", "name": "look_up", "input": {"q": "é"}},
+        {"type": "tool_use", "id": "t2", "name": "look", "input": {}},
+    ],
+    "stop_reason": "tool_use",
+    "stop_sequence": None,
+    "usage": {
+        "input_tokens": 10,
+        "cache_creation_input_tokens": 5,
+        "cache_read_input_tokens": 100,
+        "output_tokens": 20,
+        "output_tokens_details": {"thinking_tokens": 7},
+    },
+}
+USAGE = {
+    "prompt_tokens": 115,
+    "completion_tokens": 20,
+    "total_tokens": 135,
+    "prompt_tokens_details": {"cached_tokens": 100, "cache_write_tokens": 5},
+    "completion_tokens_details": {"reasoning_tokens": 7},
+}
+
+
+class TestChatCompletion:
+    def test_a_whole_answer(self) -> None:
+        assert claude_lb.chat_completion(CHAT_MESSAGE, CHAT_CALL, 1700) == {
+            "id": "chatcmpl-msg_1",
+            "object": "chat.completion",
+            "created": 1700,
+            "model": "claude-x",
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {
+                        "role": "assistant",
+                        "content": "Hello there",
+                        "refusal": None,
+                        "reasoning_content": "hm",
+                        "tool_calls": [
+                            {
+                                "id": "t1",
+                                "type": "function",
+                                "function": {
+                                    "name": "look.up",
+                                    "arguments": '{"q":"é"}',
+                                },
+                            },
+                            {
+                                "id": "t2",
+                                "type": "function",
+                                "function": {"name": "look", "arguments": "{}"},
+                            },
+                        ],
+                    },
+                    "logprobs": None,
+                    "finish_reason": "tool_calls",
+                }
+            ],
+            "usage": USAGE,
+        }
+
+    @pytest.mark.parametrize(
+        ("reason", "finish"),
+        [
+            ("end_turn", "stop"),
+            ("stop_sequence", "stop"),
+            ("max_tokens", "length"),
+            ("model_context_window_exceeded", "length"),
+            ("pause_turn", "length"),
+            ("compaction", "length"),
+            ("tool_use", "tool_calls"),
+            ("refusal", "content_filter"),
+            ("something new", "tool_calls"),
+            (None, "tool_calls"),
+        ],
+    )
+    def test_reasons(self, reason: Any, finish: str) -> None:
+        message = {**CHAT_MESSAGE, "stop_reason": reason}
+        made = claude_lb.chat_completion(message, CHAT_CALL, 1)
+        assert made["choices"][0]["finish_reason"] == finish
+        bare = claude_lb.chat_completion({**message, "content": []}, CHAT_CALL, 1)
+        assert bare["choices"][0]["message"]["content"] is None
+        expected = finish if reason in claude_lb._FINISH else "stop"
+        assert bare["choices"][0]["finish_reason"] == expected
+        chunks = chunks_of([claude_lb.events_of(message)], CHAT_CALL)
+        assert chunks[-1]["choices"][0]["finish_reason"] == finish
+
+    def test_a_refusal_says_why(self) -> None:
+        details = {"type": "refusal", "category": "bio", "explanation": "Not this."}
+        message = {**CHAT_MESSAGE, "content": [], "stop_reason": "refusal"}
+        made = claude_lb.chat_completion(
+            {**message, "stop_details": details}, CHAT_CALL, 1
+        )
+        assert made["choices"][0]["message"]["refusal"] == "Not this."
+        bare = claude_lb.chat_completion(message, CHAT_CALL, 1)
+        assert bare["choices"][0]["message"]["refusal"] is None
+
+    def test_no_usage_is_made_up(self) -> None:
+        for usage in ({}, None, {"input_tokens": None}):
+            made = claude_lb.chat_completion(
+                {**CHAT_MESSAGE, "usage": usage}, CHAT_CALL, 1
+            )
+            assert "usage" not in made
+        some = {"input_tokens": 3, "cache_read_input_tokens": None, "output_tokens": 2}
+        made = claude_lb.chat_completion({**CHAT_MESSAGE, "usage": some}, CHAT_CALL, 1)
+        assert made["usage"] == {
+            "prompt_tokens": 3,
+            "completion_tokens": 2,
+            "total_tokens": 5,
+            "prompt_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        }
+
+    def test_the_old_kind_of_call(self) -> None:
+        made = claude_lb.chat_completion(
+            CHAT_MESSAGE, CHAT_CALL._replace(legacy=True), 1
+        )
+        choice = made["choices"][0]
+        assert choice["finish_reason"] == "function_call"
+        assert choice["message"]["function_call"]["name"] == "look.up"
+        assert "tool_calls" not in choice["message"]
+
+
+def chat_event(kind: str, **fields: Any) -> bytes:
+    data = json.dumps({"type": kind, **fields}, ensure_ascii=False)
+    return f"event: {kind}\ndata: {data}\n\n".encode()
+
+
+def fed(parts: Iterable[bytes], call: claude_lb.ChatCall) -> bytes:
+    stream = claude_lb.ChatStream(call, 1700)
+    return b"".join([*(stream.feed(part) for part in parts), stream.close()])
+
+
+def chunks_of(parts: Iterable[bytes], call: claude_lb.ChatCall) -> list[Any]:
+    lines = fed(parts, call).split(b"\n\n")
+    chunks = [line[6:] for line in lines if line.startswith(b"data: {")]
+    return [json.loads(chunk) for chunk in chunks]
+
+
+def said_in(chunks: Iterable[Any]) -> dict[str, Any]:
+    """Put an answer together as a client does."""
+    calls: dict[int, list[str]] = {}
+    whole: dict[str, Any] = {"content": "", "reasoning_content": "", "calls": calls}
+    for choice in (c for chunk in chunks for c in chunk["choices"]):
+        delta = choice["delta"]
+        for name in ("content", "reasoning_content"):
+            whole[name] += delta.get(name) or ""
+        for part in delta.get("tool_calls", []):
+            call = calls.setdefault(part["index"], ["", "", ""])
+            call[0] += part.get("id", "")
+            call[1] += part["function"].get("name", "")
+            call[2] += part["function"]["arguments"]
+        whole["finish"] = choice["finish_reason"]
+    return whole
+
+
+CHAT_START = chat_event(
+    "message_start",
+    message={
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": "claude-x",
+        "content": [],
+        "stop_reason": None,
+        "usage": {
+            "input_tokens": 10,
+            "cache_creation_input_tokens": 5,
+            "cache_read_input_tokens": 100,
+            "output_tokens": 1,
+        },
+    },
+)
+CHAT_STOP = chat_event("message_stop")
+
+
+def begins(index: int, **block: Any) -> bytes:
+    return chat_event("content_block_start", index=index, content_block=block)
+
+
+def goes_on(index: int, kind: str, **delta: Any) -> bytes:
+    return chat_event("content_block_delta", index=index, delta={"type": kind, **delta})
+
+
+def ends(index: int) -> bytes:
+    return chat_event("content_block_stop", index=index)
+
+
+def closes(reason: Any, **usage: Any) -> bytes:
+    delta = {"stop_reason": reason, "stop_sequence": None}
+    return chat_event("message_delta", delta=delta, usage=usage)
+
+
+TALK = b"".join(
+    (
+        CHAT_START,
+        chat_event("ping"),
+        begins(0, type="thinking", thinking="", signature=""),
+        goes_on(0, "thinking_delta", thinking="hm"),
+        goes_on(0, "signature_delta", signature="abc"),
+        ends(0),
+        begins(1, type="text", text=""),
+        goes_on(1, "text_delta", text="h\u00e9 \u2028"),
+        goes_on(1, "citations_delta", citation={}),
+        goes_on(1, "new_delta", text="new"),
+        ends(1),
+        begins(2, type="server_tool_use", id="st", name="web_search", input={}),
+        goes_on(2, "input_json_delta", partial_json='{"query":1}'),
+        ends(2),
+        begins(3, type="tool_use", id="t1", name="look_up", input={}),
+        goes_on(3, "input_json_delta", partial_json=""),
+        goes_on(3, "input_json_delta", partial_json='{"q":'),
+        goes_on(3, "input_json_delta", partial_json="1}"),
+        ends(3),
+        chat_event("new_event", index=3),
+        begins(4, type="tool_use", id="t2", name="look", input={}),
+        ends(4),
+        closes("tool_use", output_tokens=12, input_tokens=None),
+        closes(
+            "tool_use", output_tokens=20, output_tokens_details={"thinking_tokens": 7}
+        ),
+        CHAT_STOP,
+    )
+)
+HEAD = (
+    b'data: {"id":"chatcmpl-msg_1","object":"chat.completion.chunk","created":1700,'
+    b'"model":"claude-x","choices":['
+)
+
+
+def chat_chunk(delta: str, finish: str = "null", tail: str = "") -> bytes:
+    return (
+        HEAD
+        + (
+            f'{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":{finish}}}]'
+            f"{tail}}}\n\n"
+        ).encode()
+    )
+
+
+def expected(tail: str) -> list[bytes]:
+    return [
+        chat_chunk('{"role":"assistant","content":""}', tail=tail),
+        b": ping\n\n",
+        chat_chunk('{"reasoning_content":"hm"}', tail=tail),
+        chat_chunk('{"content":"h\u00e9 \u2028"}', tail=tail),
+        chat_chunk(
+            '{"tool_calls":[{"index":0,"id":"t1","type":"function",'
+            '"function":{"name":"look.up","arguments":""}}]}',
+            tail=tail,
+        ),
+        chat_chunk(
+            '{"tool_calls":[{"index":0,"function":{"arguments":"{\\"q\\":"}}]}',
+            tail=tail,
+        ),
+        chat_chunk(
+            '{"tool_calls":[{"index":0,"function":{"arguments":"1}"}}]}', tail=tail
+        ),
+        chat_chunk(
+            '{"tool_calls":[{"index":1,"id":"t2","type":"function",'
+            '"function":{"name":"look","arguments":""}}]}',
+            tail=tail,
+        ),
+        chat_chunk(
+            '{"tool_calls":[{"index":1,"function":{"arguments":"{}"}}]}', tail=tail
+        ),
+        chat_chunk("{}", '"tool_calls"', tail=tail),
+    ]
+
+
+WITHOUT_USAGE = b"".join([*expected(""), b"data: [DONE]\n\n"])
+WITH_USAGE = b"".join(
+    [
+        *expected(',"usage":null'),
+        HEAD + b'],"usage":' + json.dumps(USAGE, separators=(",", ":")).encode(),
+        b"}\n\ndata: [DONE]\n\n",
+    ]
+)
+FAILURE = (
+    b'data: {"error":{"message":"%b","type":"server_error",'
+    b'"param":null,"code":null}}\n\n'
+)
+CUT = FAILURE % b"the answer was cut off"
+BEGUN = chat_chunk('{"role":"assistant","content":""}')
+
+
+class TestChatStream:
+    @pytest.mark.parametrize(
+        ("call", "chunks"), [(CHAT_CALL, WITHOUT_USAGE), (COUNTED, WITH_USAGE)]
+    )
+    @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+    def test_a_whole_stream_in_any_split(
+        self, call: claude_lb.ChatCall, chunks: bytes, end: bytes
+    ) -> None:
+        stream = TALK.replace(b"\n", end)
+        for i in range(len(stream)):
+            assert fed([stream[:i], stream[i:]], call) == chunks, i
+        assert fed([stream[i : i + 1] for i in range(len(stream))], call) == chunks
+
+    def test_each_event_is_passed_on_at_once(self) -> None:
+        stream = claude_lb.ChatStream(COUNTED, 1700)
+        events = [part + b"\n\n" for part in TALK.split(b"\n\n")[:-1]]
+        made = [stream.feed(part) for part in events]
+        assert made[0] == chat_chunk(
+            '{"role":"assistant","content":""}', tail=',"usage":null'
+        )
+        assert b"hm" in made[3]
+        assert made[4:7] == [b"", b"", b""]
+        assert made[-1].endswith(b"data: [DONE]\n\n")
+        assert stream.close() == b""
+        assert stream.feed(TALK) == b""
+
+    @pytest.mark.parametrize(
+        ("stream", "chunks"),
+        [
+            (b"", CUT),
+            (CHAT_START, BEGUN + CUT),
+            (CHAT_START + closes("end_turn"), BEGUN + chat_chunk("{}", '"stop"') + CUT),
+            (
+                CHAT_START + CHAT_STOP,
+                BEGUN + chat_chunk("{}", '"stop"') + b"data: [DONE]\n\n",
+            ),
+            (
+                CHAT_START + closes(None) + CHAT_STOP.rstrip(),
+                BEGUN + chat_chunk("{}", '"stop"') + b"data: [DONE]\n\n",
+            ),
+            (
+                chat_event(
+                    "error", error={"type": "overloaded_error", "message": "Busy"}
+                ),
+                FAILURE % b"Busy",
+            ),
+            (
+                CHAT_START
+                + chat_event(
+                    "error", error={"type": "overloaded_error", "message": "Busy"}
+                )
+                + CHAT_STOP,
+                BEGUN + FAILURE % b"Busy",
+            ),
+            (
+                CHAT_START
+                + chat_event(
+                    "error", error={"type": "rate_limit_error", "message": "No"}
+                ),
+                BEGUN + b'data: {"error":{"message":"No","type":"rate_limit_error",'
+                b'"param":null,"code":"rate_limit_exceeded"}}\n\n',
+            ),
+            (
+                CHAT_START + chat_event("error"),
+                BEGUN + FAILURE % b"the answer cannot be read",
+            ),
+            (
+                CHAT_START + b"data: {\n\n",
+                BEGUN + FAILURE % b"the answer cannot be read",
+            ),
+            (CHAT_STOP, FAILURE % b"the answer does not begin at its start"),
+            (
+                chat_event("ping") + b": hello\n\n" + CHAT_START,
+                b": ping\n\n" + BEGUN + CUT,
+            ),
+            (CHAT_START + CHAT_START, BEGUN + CUT),
+            (
+                CHAT_START + begins(0, type="text", text="all") + ends(0),
+                BEGUN + chat_chunk('{"content":"all"}') + CUT,
+            ),
+        ],
+        ids=[
+            "nothing",
+            "the start",
+            "all but the stop",
+            "nothing said",
+            "no blank line at the end",
+            "an error alone",
+            "an error, and what follows it",
+            "a limit",
+            "an error without words",
+            "no JSON",
+            "no start",
+            "a ping first",
+            "two starts",
+            "text in a block's start",
+        ],
+    )
+    def test_streams_that_end_another_way(self, stream: bytes, chunks: bytes) -> None:
+        for i in range(len(stream) + 1):
+            assert fed([stream[:i], stream[i:]], CHAT_CALL) == chunks, i
+
+    def test_no_start_of_a_stream_ends_well(self) -> None:
+        stop = TALK.rindex(b"}")
+        for i in range(stop + 1):
+            made = fed([TALK[:i]], COUNTED)
+            assert b"[DONE]" not in made, i
+            assert made.count(b'"error"') == 1, i
+
+    def test_calls_side_by_side_do_not_mix(self) -> None:
+        stream = (
+            CHAT_START
+            + begins(1, type="tool_use", id="a", name="f", input={})
+            + begins(2, type="tool_use", id="b", name="g", input={})
+            + goes_on(2, "input_json_delta", partial_json='{"b":')
+            + goes_on(1, "input_json_delta", partial_json='{"a":')
+            + goes_on(2, "input_json_delta", partial_json="2}")
+            + goes_on(1, "input_json_delta", partial_json="1}")
+            + ends(1)
+            + ends(2)
+            + closes("tool_use")
+            + CHAT_STOP
+        )
+        said = said_in(chunks_of([stream], CHAT_CALL))
+        assert said["calls"] == {0: ["a", "f", '{"a":1}'], 1: ["b", "g", '{"b":2}']}
+
+    def test_an_input_that_comes_at_once(self) -> None:
+        block = {"type": "tool_use", "id": "a", "name": "f", "input": {"x": 1}}
+        stream = (
+            CHAT_START + begins(0, **block) + ends(0) + closes("tool_use") + CHAT_STOP
+        )
+        said = said_in(chunks_of([stream], CHAT_CALL))
+        assert said["calls"] == {0: ["a", "f", '{"x":1}']}
+
+    def test_a_role_comes_once_and_each_chunk_has_the_same_head(self) -> None:
+        chunks = chunks_of([TALK], COUNTED)
+        roles = [
+            c for c in chunks if c["choices"] and "role" in c["choices"][0]["delta"]
+        ]
+        assert len(roles) == 1
+        heads = {(c["id"], c["object"], c["created"], c["model"]) for c in chunks}
+        assert len(heads) == 1
+        assert [c["usage"] for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+        assert chunks[-1]["choices"] == []
+
+    def test_a_stream_says_what_a_whole_answer_says(self) -> None:
+        whole = claude_lb.chat_completion(CHAT_MESSAGE, COUNTED, 1700)
+        chunks = chunks_of([claude_lb.events_of(CHAT_MESSAGE)], COUNTED)
+        said, message = said_in(chunks[:-1]), whole["choices"][0]["message"]
+        assert said["content"] == message["content"]
+        assert said["reasoning_content"] == message["reasoning_content"]
+        assert said["finish"] == whole["choices"][0]["finish_reason"]
+        assert chunks[-1]["usage"] == whole["usage"]
+        calls = [(c["id"], *c["function"].values()) for c in message["tool_calls"]]
+        assert [tuple(call) for call in said["calls"].values()] == calls
+
+    def test_a_refusal_says_why(self) -> None:
+        delta = {"stop_reason": "refusal", "stop_details": {"explanation": "Not this."}}
+        stream = (
+            CHAT_START + chat_event("message_delta", delta=delta, usage={}) + CHAT_STOP
+        )
+        ending = chat_chunk('{"refusal":"Not this."}', '"content_filter"')
+        assert fed([stream], CHAT_CALL) == BEGUN + ending + b"data: [DONE]\n\n"
+
+    def test_no_usage_is_made_up(self) -> None:
+        start = chat_event("message_start", message={"id": "m", "model": "x"})
+        chunks = chunks_of([start + closes("end_turn") + CHAT_STOP], COUNTED)
+        assert [c["usage"] for c in chunks] == [None, None]
+
+    def test_the_old_kind_of_call(self) -> None:
+        chunks = chunks_of([TALK], CHAT_CALL._replace(legacy=True))
+        parts = [c["choices"][0]["delta"].get("function_call") for c in chunks]
+        assert [p for p in parts if p] == [
+            {"name": "look.up", "arguments": ""},
+            {"arguments": '{"q":'},
+            {"arguments": "1}"},
+        ]
+        assert chunks[-1]["choices"][0]["finish_reason"] == "function_call"
+
+
+def envelope(kind: str, message: str, **details: str) -> bytes:
+    error = {"type": kind, "message": message, "details": details}
+    return json.dumps({"type": "error", "error": error}).encode()
+
+
+class TestChatErrors:
+    @pytest.mark.parametrize(
+        ("status", "body", "message", "kind", "code"),
+        [
+            (
+                400,
+                envelope("invalid_request_error", "messages.0: no"),
+                "messages.0: no",
+                "invalid_request_error",
+                None,
+            ),
+            (
+                400,
+                envelope("invalid_request_error", "prompt is too long: 9 tokens > 8"),
+                "prompt is too long: 9 tokens > 8",
+                "invalid_request_error",
+                "context_length_exceeded",
+            ),
+            (
+                400,
+                envelope("invalid_request_error", "Your credit balance is too low"),
+                "Your credit balance is too low",
+                "invalid_request_error",
+                "insufficient_quota",
+            ),
+            (
+                401,
+                envelope("authentication_error", "invalid"),
+                "invalid",
+                "authentication_error",
+                "invalid_api_key",
+            ),
+            (
+                402,
+                envelope("billing_error", "pay"),
+                "pay",
+                "rate_limit_error",
+                "insufficient_quota",
+            ),
+            (403, envelope("permission_error", "no"), "no", "permission_error", None),
+            (
+                404,
+                envelope("not_found_error", "model: claude-0"),
+                "model: claude-0",
+                "not_found_error",
+                "model_not_found",
+            ),
+            (404, envelope("not_found_error", "no"), "no", "not_found_error", None),
+            (
+                413,
+                b"<html>large</html>",
+                "the upstream answered 413",
+                "invalid_request_error",
+                "context_length_exceeded",
+            ),
+            (
+                429,
+                envelope("rate_limit_error", "slow"),
+                "slow",
+                "rate_limit_error",
+                "rate_limit_exceeded",
+            ),
+            (
+                429,
+                envelope(
+                    "rate_limit_error", "no", error_code="enforced_spend_limit_reached"
+                ),
+                "no",
+                "rate_limit_error",
+                "insufficient_quota",
+            ),
+            (500, envelope("api_error", "oh"), "oh", "server_error", None),
+            (529, envelope("overloaded_error", "busy"), "busy", "server_error", None),
+            (502, b"bad gateway", "bad gateway", "server_error", None),
+            (504, b"", "the upstream answered 504", "server_error", None),
+            (418, b"\xffteapot", "\ufffdteapot", "invalid_request_error", None),
+            (
+                401,
+                b'{"message":"who?"}',
+                "who?",
+                "authentication_error",
+                "invalid_api_key",
+            ),
+            (503, envelope("new_error", "?"), "?", "server_error", None),
+        ],
+    )
+    def test_errors(
+        self, status: int, body: bytes, message: str, kind: str, code: str
+    ) -> None:
+        error = {"message": message, "type": kind, "param": None, "code": code}
+        assert json.loads(claude_lb.chat_error(status, body)) == {"error": error}
+
+
+class TestChatTypes:
+    """What the official SDK makes of it."""
+
+    def model(self, name: str) -> Callable[[Any], Any]:
+        types = pytest.importorskip("openai.types.chat")
+        validate: Callable[[Any], Any] = getattr(types, name).model_validate
+        return validate
+
+    def test_answers(self) -> None:
+        validate = self.model("ChatCompletion")
+        for call in (CHAT_CALL, CHAT_CALL._replace(legacy=True)):
+            made = claude_lb.chat_completion(CHAT_MESSAGE, call, 1700)
+            assert validate(made).choices[0].message.content == "Hello there"
+            bare = claude_lb.chat_completion({"id": "m", "content": []}, call, 1700)
+            assert validate(bare).usage is None
+
+    def test_chunks(self) -> None:
+        validate = self.model("ChatCompletionChunk")
+        for call in (CHAT_CALL, COUNTED, CHAT_CALL._replace(legacy=True)):
+            for made in chunks_of([TALK], call):
+                assert validate(made).id == "chatcmpl-msg_1"
+
+    def test_models(self) -> None:
+        types = pytest.importorskip("openai.types")
+        made = claude_lb.openai_model({"id": "m", "created_at": "2026-02-05T00:00:00Z"})
+        assert types.Model.model_validate(made).created == 1770249600
+
+
+# --- threads ---
