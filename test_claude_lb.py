@@ -24333,3 +24333,932 @@ class TestChatTypes:
 
 
 # --- threads ---
+
+
+ZED = claude_lb.ZedSettings()
+SONNET = "claude-sonnet-4-20250514"
+
+
+def zed_said(text: str = "hello", role: str = "user") -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+def zed_called(count: int = 1) -> list[dict[str, Any]]:
+    """Return an answer that calls tools, and the results."""
+    uses = [{"type": "tool_use", "id": f"t{n}"} for n in range(count)]
+    brought = [{"type": "tool_result", "tool_use_id": f"t{n}"} for n in range(count)]
+    return [
+        {"role": "assistant", "content": uses},
+        {"role": "user", "content": brought},
+    ]
+
+
+def zed_request(*messages: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    usual = {"model": SONNET, "tools": [{"name": "look"}]}
+    return {**usual, "messages": list(messages) or [zed_said()], **more}
+
+
+def zed_chat(turns: int) -> list[dict[str, Any]]:
+    """Return the messages of the request for answer number `turns`."""
+    pairs = [[zed_said(f"q{n}"), zed_said(f"a{n}", "assistant")] for n in range(turns)]
+    return list(itertools.chain.from_iterable(pairs))[:-1]
+
+
+def numbered() -> Callable[[], str]:
+    count = itertools.count(1)
+    return lambda: f"id{next(count)}"
+
+
+def zed_book(most: int = 10_000, **settings: Any) -> claude_lb.ThreadBook:
+    return claude_lb.ThreadBook(ZED._replace(**settings), numbered(), most)
+
+
+def planned(
+    book: claude_lb.ThreadBook,
+    *messages: Mapping[str, Any],
+    tokens: int = 0,
+    at: float = 0.0,
+    mode: str | None = None,
+    **more: Any,
+) -> claude_lb.ZedTurn:
+    return book.plan("c", zed_request(*messages, **more), tokens, mode, at)
+
+
+class TestThreads:
+    def test_a_conversation_has_one_thread_and_every_request_a_prompt_id(self) -> None:
+        book = zed_book()
+        turns = [planned(book, *zed_chat(n), at=n) for n in (1, 2, 3)]
+        assert {t.thread_id for t in turns} == {"id1"}
+        assert len({t.prompt_id for t in turns}) == 3
+        assert [t.rotated for t in turns] == ["", "", ""]
+
+    def test_conversations_have_threads_of_their_own(self) -> None:
+        book = zed_book()
+        one = book.plan("c1", zed_request(), 0, None, 0)
+        two = book.plan("c2", zed_request(), 0, None, 0)
+        assert one.thread_id != two.thread_id
+
+    def test_what_cannot_be_told_apart_is_never_put_together(self) -> None:
+        book = zed_book()
+        turns = [book.plan("", zed_request(*zed_chat(n)), 0, None, 0) for n in (1, 2)]
+        assert turns[0].thread_id != turns[1].thread_id
+        assert book.status(0)["count"] == 0
+
+    def test_a_malformed_request_is_refused(self) -> None:
+        with pytest.raises(claude_lb.RefusedError, match=r"^messages\.0\.content: "):
+            zed_book().plan("c", {"messages": [{"role": "user"}]}, 0, None, 0)
+
+    @pytest.mark.parametrize(
+        ("messages", "intent"),
+        [
+            ([zed_said()], "user_prompt"),
+            ([], "user_prompt"),
+            ([zed_said(), *zed_called()], "tool_results"),
+            ([zed_said(), *zed_called(), zed_said("{", "assistant")], "tool_results"),
+            (
+                [zed_said(), *zed_called(), zed_said("done", "assistant"), zed_said()],
+                "user_prompt",
+            ),
+            ([{"role": "user", "content": [7, {"type": "image"}]}], "user_prompt"),
+        ],
+    )
+    def test_intent(self, messages: list[dict[str, Any]], intent: str) -> None:
+        request = {"messages": messages}
+        assert zed_book().plan("c", request, 0, None, 0).intent == intent
+
+
+class TestRotation:
+    def test_an_idle_thread_is_left_for_a_new_one(self) -> None:
+        book = zed_book(ttl_s=60.0)
+        assert planned(book, at=0).thread_id == "id1"
+        assert planned(book, at=59.9).rotated == ""
+        turn = planned(book, at=119.9)
+        assert turn.rotated == "ttl"
+        assert turn.thread_id not in ("id1", turn.prompt_id)
+        assert planned(book, at=120).thread_id == turn.thread_id
+
+    def test_an_answer_is_a_use(self) -> None:
+        book = zed_book(ttl_s=60.0)
+        book.learn("c", planned(book, at=0), None, 50.0)
+        assert planned(book, at=100).rotated == ""
+
+    def test_a_full_context_leads_to_a_new_thread_once(self) -> None:
+        book = zed_book(max_context_tokens=1000, rotation_threshold=0.8)
+        sizes = [100, 799, 800, 900, 1500, 700, 800]
+        turns = [planned(book, *zed_chat(n), tokens=s) for n, s in enumerate(sizes, 1)]
+        rotated = ["", "", "context", "", "", "", "context"]
+        assert [t.rotated for t in turns] == rotated
+        assert len({t.thread_id for t in turns}) == 3
+
+    def test_a_thread_may_begin_full(self) -> None:
+        book = zed_book(max_context_tokens=1000)
+        assert planned(book, tokens=5000).rotated == ""
+        assert planned(book, *zed_chat(2), tokens=5000).rotated == ""
+
+    def test_what_the_last_answer_said_counts(self) -> None:
+        book = zed_book(max_context_tokens=1000)
+        usage = claude_lb.Usage(100, 50, 500, 100, 100)
+        book.learn("c", planned(book, tokens=10), usage, 0)
+        assert planned(book, *zed_chat(2), tokens=10).rotated == "context"
+
+    def test_an_answer_that_says_nothing_changes_nothing(self) -> None:
+        book = zed_book()
+        turn = planned(book, tokens=10)
+        book.learn("c", turn, claude_lb.Usage(), 0)
+        book.learn("c", turn, None, 0)
+        assert book.status(0)["threads"][0]["context_tokens"] == 10
+
+    def test_a_cleared_or_compacted_history_is_a_new_task(self) -> None:
+        book = zed_book(max_context_tokens=1000)
+        turn = planned(book, *zed_chat(3), tokens=100)
+        book.learn("c", turn, claude_lb.Usage(900, 1), 0)
+        after = planned(book, zed_said("summary"), tokens=100)
+        assert after.rotated == "task"
+        assert book.status(0)["threads"][0]["context_tokens"] == 100
+
+    @pytest.mark.parametrize(
+        "messages",
+        [
+            zed_chat(3),  # nothing is gone
+            [*zed_chat(2), *zed_chat(1)],  # something is, but not all
+            [
+                *zed_chat(1),
+                *zed_called(3),
+                *zed_called(3),
+            ],  # one prompt that has come far
+        ],
+    )
+    def test_another_history_is_no_new_task(
+        self, messages: list[dict[str, Any]]
+    ) -> None:
+        book = zed_book()
+        planned(book, *zed_chat(3))
+        assert planned(book, *messages).rotated == ""
+
+    def test_without_isolation_tasks_share_a_thread(self) -> None:
+        book = zed_book(task_based_isolation=False)
+        planned(book, *zed_chat(3))
+        assert planned(book).rotated == ""
+
+    def test_many_tool_calls_lead_to_a_new_thread_and_count_anew(self) -> None:
+        book = zed_book()
+        counts = [1, 19, 20, 39, 40, 1]
+        turns = [planned(book, zed_said(), *zed_called(n)) for n in counts]
+        rotated = ["", "", "tool_calls", "", "tool_calls", ""]
+        assert [t.rotated for t in turns[:5]] == rotated[:5]
+        # Calls before the newest prompt are not its own
+        assert planned(book, zed_said(), *zed_called(60), zed_said()).rotated == ""
+        assert planned(book, *zed_chat(2), *zed_called(19)).rotated == ""
+        assert planned(book, *zed_chat(2), *zed_called(20)).rotated == "tool_calls"
+
+    def test_burn_mode_has_no_limit_of_tool_calls(self) -> None:
+        book = zed_book(default_mode="burn")
+        planned(book)
+        assert planned(book, zed_said(), *zed_called(30)).rotated == ""
+
+    def test_without_auto_rotate_only_a_new_task_has_a_new_thread(self) -> None:
+        book = zed_book(auto_rotate=False, max_context_tokens=100)
+        planned(book, *zed_chat(2))
+        turns = [
+            planned(book, *zed_chat(3), tokens=500, at=1e6),
+            planned(book, *zed_chat(3), *zed_called(30), at=2e6),
+        ]
+        assert [t.rotated for t in turns] == ["", ""]
+        assert planned(book, at=3e6).rotated == "task"
+
+    def test_a_question_beside_the_thread_does_not_move_it(self) -> None:
+        book = zed_book(max_context_tokens=1000, ttl_s=60.0)
+        first = planned(book, *zed_chat(3), tokens=850)
+        aside = planned(book, zed_said("a title?"), tokens=10, tools=[])
+        assert (aside.rotated, aside.aside) == ("", True)
+        book.learn("c", aside, claude_lb.Usage(10, 10), 0)
+        assert book.status(0)["threads"][0]["context_tokens"] == 850
+        last = planned(book, *zed_chat(4), tokens=900)
+        assert (last.rotated, last.thread_id) == ("", first.thread_id)
+        assert planned(book, zed_said("a title?"), at=60, tools=[]).rotated == "ttl"
+
+    def test_a_question_beside_a_long_thread_does_not_burn(self) -> None:
+        book = zed_book(default_mode="auto")
+        book.learn("c", planned(book, *zed_chat(3)), claude_lb.Usage(150_000, 1), 0)
+        assert planned(book, zed_said("a title?"), tools=[]).mode == "normal"
+        assert planned(book, *zed_chat(4)).mode == "burn"
+
+    def test_without_tools_nothing_is_beside_the_thread(self) -> None:
+        book = zed_book()
+        planned(book, *zed_chat(3), tools=[])
+        turn = planned(book, tools=[])
+        assert (turn.aside, turn.rotated) == (False, "task")
+
+
+class TestErrorsOfThreads:
+    @pytest.mark.parametrize("code", ZED.rotation_errors)
+    def test_a_rotation_error_gets_a_new_thread(self, code: str) -> None:
+        book = zed_book()
+        turn = planned(book)
+        again = book.again("c", turn, code, 0)
+        assert again is not None
+        assert again.rotated == code
+        assert again.attempt == 2
+        ids = {turn.thread_id, again.thread_id, turn.prompt_id, again.prompt_id}
+        assert len(ids) == 4
+        assert planned(book, *zed_chat(2)).thread_id == again.thread_id
+        assert book.status(0)["rotations"] == {code: 1}
+
+    @pytest.mark.parametrize("code", ZED.continuation_errors)
+    def test_a_continuation_error_gets_a_new_prompt_id(self, code: str) -> None:
+        book = zed_book()
+        turn = planned(book)
+        again = book.again("c", turn, code, 0)
+        assert again is not None
+        assert (again.thread_id, again.rotated) == (turn.thread_id, "")
+        assert again.prompt_id != turn.prompt_id
+        assert book.status(0)["rotations"] == {}
+
+    @pytest.mark.parametrize("code", ["", "upstream_http_429", "Thread_Expired"])
+    def test_another_error_gets_nothing(self, code: str) -> None:
+        book = zed_book()
+        assert book.again("c", planned(book), code, 0) is None
+
+    @pytest.mark.parametrize("most", [1, 2, 3])
+    def test_attempts_are_counted(self, most: int) -> None:
+        book = zed_book(max_retries=most)
+        turn: claude_lb.ZedTurn | None = planned(book)
+        attempts = 0
+        while turn is not None:
+            attempts += 1
+            assert turn.attempt == attempts
+            turn = book.again("c", turn, "thread_expired", 0)
+        assert attempts == most
+
+    def test_the_lists_are_settings(self) -> None:
+        wants = ZED._replace(rotation_errors=("a",), continuation_errors=("b", "a"))
+        found = [claude_lb.after_error(code, wants) for code in ("a", "b", "c")]
+        again = claude_lb.Again
+        assert found == [again.NEW_THREAD, again.NEW_PROMPT, again.NO]
+
+    def test_two_requests_of_a_lost_thread_find_the_same_new_one(self) -> None:
+        book = zed_book()
+        turns = [planned(book), planned(book)]
+        again = [book.again("c", t, "thread_expired", 0) for t in turns]
+        assert len({t.thread_id for t in again if t is not None}) == 1
+        assert book.status(0)["rotations"] == {"thread_expired": 1}
+
+    @pytest.mark.parametrize("conversation", ["", "forgotten"])
+    def test_an_unknown_conversation_gets_fresh_ids(self, conversation: str) -> None:
+        book = zed_book()
+        turn = claude_lb.ZedTurn("t", "p", "normal", "user_prompt")
+        fresh = book.again(conversation, turn, "thread_expired", 0)
+        same = book.again(conversation, turn, "tool_calls_limit_exceeded", 0)
+        assert fresh is not None
+        assert same is not None
+        assert fresh.thread_id != "t"
+        assert (same.thread_id, same.prompt_id != "p") == ("t", True)
+
+    def test_an_answer_in_a_thread_that_was_left_tells_nothing_of_the_new_one(
+        self,
+    ) -> None:
+        book = zed_book()
+        late, turn = planned(book), planned(book)
+        book.again("c", turn, "thread_corrupted", 0)
+        book.learn("c", late, claude_lb.Usage(5000, 1), 0)
+        assert book.status(0)["threads"][0]["context_tokens"] == 0
+
+
+LONG = zed_said("x" * 2000)
+
+
+class TestModes:
+    @pytest.mark.parametrize(
+        ("default", "mode", "chosen"),
+        [
+            ("normal", None, "normal"),
+            ("burn", None, "burn"),
+            ("max", None, "burn"),
+            ("auto", None, "normal"),
+            ("burn", "normal", "normal"),
+            ("normal", "burn", "burn"),
+            ("normal", "max", "burn"),
+            ("burn", "auto", "normal"),
+            ("burn", "", "burn"),
+        ],
+    )
+    def test_a_route_overrides_the_endpoint(
+        self, default: str, mode: str | None, chosen: str
+    ) -> None:
+        assert planned(zed_book(default_mode=default), mode=mode).mode == chosen
+
+    @pytest.mark.parametrize(
+        ("trigger", "burns", "idles"),
+        [
+            (
+                "complex_coding_task",
+                zed_request(LONG),
+                zed_request(zed_said("x" * 1999), *zed_called()),
+            ),
+            (
+                "complex_coding_task",
+                zed_request(LONG, *zed_called(2)),
+                zed_request(LONG, zed_said("ok", "assistant"), zed_said("thanks")),
+            ),
+            (
+                "complex_coding_task",
+                zed_request({"role": "user", "content": [
+                    {"type": "text", "text": "x" * 1000},
+                    {"type": "text", "text": "x" * 1000},
+                ]}),
+                zed_request({"role": "user", "content": [
+                    {"type": "text", "text": "<system-reminder>" + "x" * 9999},
+                    {"type": "text", "text": None},
+                ]}),
+            ),
+            (
+                "multi_step_analysis",
+                zed_request(zed_said(), *zed_called(4), *zed_called(4)),
+                zed_request(zed_said(), *zed_called(9), zed_said(), *zed_called(7)),
+            ),
+            (
+                "agent_panel_usage",
+                zed_request(tools=[{}] * 10),
+                zed_request(tools=[{}] * 9),
+            ),
+        ],
+    )  # fmt: skip
+    def test_triggers(
+        self, trigger: str, burns: dict[str, Any], idles: dict[str, Any]
+    ) -> None:
+        for triggers in [(trigger,), tuple(claude_lb.TRIGGERS)]:
+            book = zed_book(default_mode="auto", auto_burn_mode_triggers=triggers)
+            assert book.plan("c", burns, 0, None, 0).mode == "burn"
+        for triggers in [(trigger,), (), ("unheard_of",)]:
+            book = zed_book(default_mode="auto", auto_burn_mode_triggers=triggers)
+            assert book.plan("c", idles, 0, None, 0).mode == "normal"
+        book = zed_book(auto_burn_mode_triggers=tuple(claude_lb.TRIGGERS))
+        assert book.plan("c", burns, 0, None, 0).mode == "normal"
+
+    @pytest.mark.parametrize(("calls", "mode"), [(19, "normal"), (20, "burn")])
+    def test_auto_burns_for_many_tool_calls(self, calls: int, mode: str) -> None:
+        book = zed_book()
+        planned(book)
+        turn = planned(book, zed_said(), *zed_called(calls), mode="auto")
+        assert (turn.mode, turn.rotated) == (mode, "")
+
+    @pytest.mark.parametrize(
+        ("tokens", "mode"), [(120_000, "normal"), (120_001, "burn")]
+    )
+    def test_auto_burns_for_a_long_context(self, tokens: int, mode: str) -> None:
+        assert planned(zed_book(), tokens=tokens, mode="auto").mode == mode
+
+    @pytest.mark.parametrize("name", ["-20241022", "-latest", ""])
+    def test_auto_never_burns_where_the_model_cannot(self, name: str) -> None:
+        model = f"claude-3-5-sonnet{name}"
+        turn = planned(zed_book(), tokens=10**6, mode="auto", model=model)
+        assert turn.mode == "normal"
+
+
+class TestThreadReports:
+    def test_the_least_recently_used_conversation_is_forgotten(self) -> None:
+        book = zed_book(most=2)
+        for key in ("c1", "c2", "c1", "c3"):
+            book.plan(key, zed_request(), 0, None, 0)
+        old = book.plan("c1", zed_request(), 0, None, 0).thread_id
+        assert old == "id1"
+        new = book.plan("c2", zed_request(), 0, None, 0).thread_id
+        assert new not in ("id1", "id3")
+        status = book.status(0)
+        assert (status["count"], status["most"], status["forgotten"]) == (2, 2, 2)
+
+    def test_the_usual_bound(self) -> None:
+        book = zed_book()
+        request = zed_request()
+        for number in range(10_010):
+            book.plan(f"c{number}", request, 0, None, number)
+        status = book.status(10_010)
+        assert (status["count"], status["forgotten"]) == (10_000, 10)
+        assert len(status["threads"]) == 100
+        assert status["threads"][0]["idle_s"] == 1
+
+    def test_status(self) -> None:
+        book = zed_book()
+        planned(book, zed_said(), *zed_called(3), tokens=1200, at=10)
+        planned(book, zed_said(), *zed_called(4), mode="burn", tokens=6000, at=20)
+        (shown,) = book.status(50)["threads"]
+        assert shown == {
+            "conversation": claude_lb.hashed(b"c")[:12],
+            "thread_id": "id1",
+            "age_s": 40,
+            "idle_s": 30,
+            "requests": 2,
+            "tool_calls": 4,
+            "context_tokens": 6000,
+            "context_share": 0.05,
+            "rotations": {},
+            "modes": {"normal": 1, "burn": 1},
+        }
+        assert book.status(50)["modes"] == {"normal": 1, "burn": 1}
+        assert json.loads(json.dumps(book.status(50))) == book.status(50)
+
+    def test_rotations_are_counted_by_reason(self) -> None:
+        book = zed_book(ttl_s=10.0)
+        planned(book, *zed_chat(3), at=0)
+        planned(book, *zed_chat(3), at=20)
+        planned(book, at=21)
+        planned(book, *zed_chat(2), at=50)
+        wanted = {"ttl": 2, "task": 1}
+        assert book.status(50)["rotations"] == wanted
+        assert book.status(50)["threads"][0]["rotations"] == wanted
+
+    @pytest.mark.parametrize(
+        ("model", "mode", "each"),
+        [
+            ("claude-sonnet-4", "normal", 0.04),
+            ("claude-sonnet-4-20250514", "burn", 0.05),
+            ("claude-sonnet-4-0", "normal", 0.04),
+            ("claude-3-7-sonnet-latest", "normal", 0.04),
+            ("claude-3-7-sonnet@20250219", "burn", 0.05),
+            ("claude-opus-4-20250514", "normal", 0.20),
+            ("claude-opus-4", "burn", 0.25),
+            ("claude-3-5-sonnet", "normal", None),
+            ("claude-sonnet-4-5", "normal", None),
+            ("claude-opus-4-1-20250805", "burn", None),
+            ("", "normal", None),
+        ],
+    )
+    def test_prices(self, model: str, mode: str, each: float | None) -> None:
+        book = zed_book()
+        turn = planned(book, model=model, mode=mode)
+        book.learn("c", turn, None, 0)
+        costs = book.costs()
+        (row,) = costs["models"]
+        assert row["usd_each"] == row["usd_least"] == row["usd_most"] == each
+        assert costs["requests_without_price"] == (each is None)
+        assert costs["usd_most"] == (each or 0)
+
+    def test_normal_is_paid_by_the_prompt_and_burn_by_the_request(self) -> None:
+        book = zed_book()
+        for mode in ("normal", "burn"):
+            for messages in (
+                [zed_said()],
+                [zed_said(), *zed_called(1)],
+                [zed_said(), *zed_called(2)],
+            ):
+                book.learn("c", planned(book, *messages, mode=mode), None, 0)
+        planned(book)  # not answered: not paid
+        costs = book.costs()
+        burn, normal = costs["models"]
+        assert (burn["requests"], burn["prompts"]) == (3, 1)
+        assert (burn["usd_least"], burn["usd_most"]) == (0.15, 0.15)
+        assert (normal["usd_least"], normal["usd_most"]) == (0.04, 0.12)
+        assert (costs["usd_least"], costs["usd_most"]) == (0.19, 0.27)
+        assert costs["estimate"] is True
+        assert costs["prices_of"] == "2025-07-18"
+        assert json.loads(json.dumps(costs)) == costs
+
+    def test_made_up_models_do_not_fill_the_memory(self) -> None:
+        book = zed_book()
+        for number in range(300):
+            book.learn("c", planned(book, model=f"claude-{number}"), None, 0)
+        rows = book.costs()["models"]
+        assert len(rows) == 257
+        assert rows[0]["model"] == "(others)"
+        assert rows[0]["requests"] == 44
+
+    def test_what_the_check_says(self) -> None:
+        notes = claude_lb.zed_notes(ZED)
+        assert "nothing is summarised" in notes[0]
+        assert any(n.startswith("wire: ") for n in notes)
+        older = ZED._replace(
+            wire="older",
+            auto_burn_mode_triggers=("complex_coding_tasks", "agent_panel_usage"),
+        )
+        notes = claude_lb.zed_notes(older)
+        assert not any(n.startswith("wire: ") for n in notes)
+        (unknown,) = [n for n in notes if n.startswith("auto_burn")]
+        assert "(did you mean complex_coding_task?)" in unknown
+
+
+# --- the wire ---
+
+TURN = claude_lb.ZedTurn("t1", "p1", "burn", "tool_results")
+
+
+class TestZedRequest:
+    def test_the_current_form(self) -> None:
+        request = zed_request(stream=True, max_tokens=5, metadata={"user_id": "é"})
+        envelope = json.loads(claude_lb.zed_envelope(request, TURN, ZED, None))
+        inner = {k: v for k, v in request.items() if k != "stream"}
+        assert envelope == {
+            "thread_id": "t1",
+            "prompt_id": "p1",
+            "provider": "anthropic",
+            "model": SONNET,
+            "provider_request": inner,
+        }
+        assert list(envelope["provider_request"]) == list(inner)
+        assert request["stream"] is True
+
+    @pytest.mark.parametrize(("mode", "sent"), [("burn", "max"), ("normal", "normal")])
+    def test_the_older_form(self, mode: str, sent: str) -> None:
+        older, turn = ZED._replace(wire="older"), TURN._replace(mode=mode)
+        envelope = json.loads(claude_lb.zed_envelope(zed_request(), turn, older, None))
+        assert envelope["mode"] == sent
+        assert envelope["intent"] == "tool_results"
+        assert envelope["provider_request"] == zed_request()
+
+    def test_another_model_may_be_sent(self) -> None:
+        request = zed_request(model="gpt-5")
+        body = claude_lb.zed_envelope(request, TURN, ZED, "claude-opus-4")
+        envelope = json.loads(body)
+        assert envelope["model"] == envelope["provider_request"]["model"]
+        assert envelope["model"] == "claude-opus-4"
+
+    @pytest.mark.parametrize("model", ["gpt-5", "", None, 7, "gemini-claude", []])
+    def test_other_models_are_refused(self, model: object) -> None:
+        request = zed_request(model=model)
+        with pytest.raises(claude_lb.RefusedError, match=r"^model: ") as caught:
+            claude_lb.zed_envelope(request, TURN, ZED, None)
+        assert (caught.value.status, caught.value.close) == (400, False)
+
+    def test_fields(self) -> None:
+        flags = dict(claude_lb.zed_fields(ZED._replace(version="1.2.3")))
+        assert flags == {
+            "x-zed-version": "1.2.3",
+            "x-zed-client-supports-status-messages": "true",
+            "x-zed-client-supports-stream-ended-request-completion-status": "true",
+        }
+        assert len(claude_lb.zed_fields(ZED._replace(version=""))) == 2
+
+    def test_the_request_for_a_token(self) -> None:
+        assert claude_lb.zed_token_request(ZED) == b"{}"
+        named = claude_lb.zed_token_request(ZED._replace(organization_id="o"))
+        assert named == b'{"organization_id":"o"}'
+        assert claude_lb.ZED_TOKEN_TARGET == "/client/llm_tokens"
+
+    def test_a_token(self) -> None:
+        body = b'{"token":"ey.a-b_c.d","more":1}'
+        assert claude_lb.read_zed_token(body) == claude_lb.Secret("ey.a-b_c.d")
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"",
+            b"<html>",
+            b"[]",
+            b'{"token":null}',
+            b'{"token":""}',
+            b'{"token":7}',
+            b'{"token":"a b"}',
+            b'{"token":"a\\r\\nx: y"}',
+            b'{"token":"' + b"a" * 16_385 + b'"}',
+        ],
+    )
+    def test_no_token(self, body: bytes) -> None:
+        with pytest.raises(ValueError, match="holds no token"):
+            claude_lb.read_zed_token(body)
+
+    @pytest.mark.parametrize(
+        ("status", "lines", "stale"),
+        [
+            (401, b"", True),
+            (200, b"Date: x\r\nX-Zed-Expired-Token: true\r\n", True),
+            (403, b"x-zed-outdated-token:\r\n", True),
+            (200, b"Date: x\r\nserver: x-zed-expired-token: 1\r\n", False),
+            (429, b"x-zed-expired-tokens: 1\r\n", False),
+        ],
+    )
+    def test_a_stale_token(self, status: int, lines: bytes, *, stale: bool) -> None:
+        assert claude_lb.zed_stale_token(status, lines) is stale
+
+
+EVENTS: list[dict[str, Any]] = [
+    {"type": "message_start", "message": {"id": "m", "usage": {"input_tokens": 3}}},
+    {"type": "content_block_start", "index": 0, "content_block": {"type": "text"}},
+    {"type": "ping"},
+    {
+        "type": "content_block_delta",
+        "index": 0,
+        "delta": {"type": "text_delta", "text": 'h\u2028é"\n\u0085{"event":1}'},
+    },
+    {"type": "content_block_stop", "index": 0},
+    {"type": "later_invented", "x": {"status": "failed"}},
+    {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "new": [1]},
+    {"type": "message_stop"},
+]
+
+
+def as_sse(events: Sequence[Mapping[str, Any]]) -> bytes:
+    return b"".join(map(claude_lb.event_bytes, events))
+
+
+def json_lines(*documents: object, end: bytes = b"\n") -> bytes:
+    return b"".join(claude_lb.packed(d) + end for d in documents)
+
+
+def wrapped(events: Sequence[Mapping[str, Any]] = EVENTS) -> list[dict[str, Any]]:
+    return [{"event": e} for e in events]
+
+
+def zed_translated(data: bytes, *cuts: int) -> bytes:
+    stream = claude_lb.ZedStream()
+    edges = [0, *cuts, len(data)]
+    pieces = [data[a:b] for a, b in zip(edges, edges[1:])] if cuts else [data]
+    return b"".join(map(stream.feed, pieces)) + stream.close()
+
+
+def errors_in(data: bytes) -> list[dict[str, Any]]:
+    lines = [x[6:] for x in data.split(b"\n") if x.startswith(b"data: ")]
+    return [d for d in map(json.loads, lines) if d["type"] == "error"]
+
+
+def zed_all_splits(data: bytes, wanted: bytes) -> None:
+    """Check a stream in two pieces at every point, and byte by byte."""
+    for cut in range(len(data) + 1):
+        assert zed_translated(data, cut) == wanted
+    assert zed_translated(data, *range(1, len(data))) == wanted
+
+
+FAILED: dict[str, Any] = {
+    "code": "upstream_http_529",
+    "message": "Overloaded",
+    "request_id": "r1",
+    "retry_after": 2.5,
+}
+ZED_PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+
+
+class TestZedStream:
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            json_lines(*wrapped()),
+            json_lines(*EVENTS),
+            json_lines(*wrapped(), "", end=b"\r\n")[:-4],
+            json_lines(*wrapped())[:-1],
+            json_lines(*EVENTS)[:-1],
+            b"\n\n" + json_lines(*wrapped(), end=b" \n\n"),
+            b"".join(b'{ "event" : %b }\n' % claude_lb.packed(e) for e in EVENTS),
+            b"".join(b'{"event": %b }\n' % claude_lb.packed(e) for e in EVENTS),
+            b"".join(b'{"event":%b,"n":{}}\n' % claude_lb.packed(e) for e in EVENTS),
+            b": hi\n\n"
+            + b"".join(b"id: 1\ndata: %b\n\n" % claude_lb.packed(e) for e in EVENTS)
+            + b"data: [DONE]\n\n",
+            as_sse(EVENTS),
+            json_lines({"status": "started"}, *wrapped(), {"status": "stream_ended"}),
+            json_lines(*wrapped(EVENTS[:4]), *EVENTS[4:]),
+        ],
+    )
+    def test_a_whole_answer_in_any_split(self, lines: bytes) -> None:
+        zed_all_splits(lines, as_sse(EVENTS))
+
+    @pytest.mark.parametrize("wrap", [b'{"event":%b}\n', b"%b\n"])
+    def test_the_bytes_of_an_event_are_its_own(self, wrap: bytes) -> None:
+        own = b'{ "x":1.50,  "type":"message_stop","y":"\\u00e9"}'
+        out = claude_lb.ZedStream().feed(wrap % own)
+        assert out == b"event: message_stop\ndata: " + own + b"\n\n"
+
+    def test_an_event_never_waits_for_the_next(self) -> None:
+        stream = claude_lb.ZedStream()
+        for event in EVENTS:
+            out = stream.feed(json_lines({"event": event}))
+            assert out == claude_lb.event_bytes(event)
+        assert stream.over
+
+    def test_a_place_in_the_queue_is_a_ping_before_the_answer(self) -> None:
+        places = [{"status": {"queued": {"position": n}}} for n in (3, 1)]
+        data = json_lines(*places, {"status": "started"}, *wrapped(), places[0])
+        zed_all_splits(data, ZED_PING + ZED_PING + as_sse(EVENTS))
+        stream = claude_lb.ZedStream()
+        stream.feed(json_lines(*places))
+        assert stream.position == 1
+
+    @pytest.mark.parametrize(
+        "status",
+        [
+            "started",
+            {"usage_updated": {"amount": 3, "limit": {"limited": 500}}},
+            "tool_use_limit_reached",
+            {"tool_use_limit_reached": None},
+            "unheard_of",
+            {"unheard_of": {"x": 1}},
+            {},
+            None,
+            7,
+            ["queued"],
+        ],
+    )
+    def test_other_statuses_leave_no_bytes(self, status: object) -> None:
+        lines = wrapped()
+        for at in (0, 3, len(lines)):
+            data = json_lines(*lines[:at], {"status": status}, *lines[at:])
+            assert zed_translated(data) == as_sse(EVENTS)
+
+    def test_what_a_status_says_is_kept(self) -> None:
+        stream = claude_lb.ZedStream()
+        assert (stream.usage, stream.tool_limit) == (None, False)
+        stream.feed(json_lines({"status": {"usage_updated": {"amount": 3}}}))
+        stream.feed(json_lines({"status": "tool_use_limit_reached"}))
+        stream.feed(json_lines({"status": "started"}))
+        assert (stream.usage, stream.tool_limit) == ({"amount": 3}, True)
+
+    @pytest.mark.parametrize("at", [0, 1, 5, 7])
+    def test_a_failure_ends_the_answer(self, at: int) -> None:
+        status = {"status": {"failed": FAILED}}
+        end = {"status": "stream_ended"}
+        data = json_lines(*wrapped(EVENTS[:at]), status, *wrapped(EVENTS[at:]), end)
+        error = {
+            "type": "overloaded_error",
+            "message": "Overloaded",
+            "details": {
+                "error_code": "upstream_http_529",
+                "upstream_status": 529,
+                "retry_after": 2.5,
+            },
+        }
+        document = {"type": "error", "error": error, "request_id": "r1"}
+        zed_all_splits(data, as_sse([*EVENTS[:at], document]))
+        assert claude_lb.code_of(document) == "upstream_http_529"
+        assert claude_lb.wait_of(document) == 2.5
+
+    def test_a_failure_after_a_whole_answer_is_none_of_the_answer(self) -> None:
+        data = json_lines(*wrapped(), {"status": {"failed": FAILED}})
+        assert zed_translated(data) == as_sse(EVENTS)
+
+    @pytest.mark.parametrize(
+        ("failed", "kind", "message"),
+        [
+            ({"code": "thread_expired", "message": "m"}, "invalid_request_error", "m"),
+            (
+                {"code": "tool_calls_limit_exceeded", "message": "m"},
+                "invalid_request_error",
+                "m",
+            ),
+            ({"code": "unheard_of", "message": "m"}, "api_error", "m"),
+            ({"code": "http_401", "message": "m"}, "authentication_error", "m"),
+            ({"code": 7, "message": 7}, "api_error", "without a word"),
+            ("plain words", "api_error", "plain words"),
+            (None, "api_error", "without a word"),
+        ],
+    )
+    def test_what_a_failure_says(self, failed: object, kind: str, message: str) -> None:
+        data = zed_translated(json_lines({"status": {"failed": failed}}))
+        (document,) = errors_in(data)
+        assert document["error"]["type"] == kind
+        assert message in document["error"]["message"]
+
+    def test_the_providers_own_error_passes(self) -> None:
+        error = {"type": "error", "error": {"type": "api_error", "message": "m"}}
+        data = json_lines(*wrapped([*EVENTS[:3], error, *EVENTS[3:]]))
+        zed_all_splits(data, as_sse([*EVENTS[:3], error]))
+
+    @pytest.mark.parametrize("form", [wrapped(), EVENTS])
+    def test_a_cut_is_an_error(self, form: list[dict[str, Any]]) -> None:
+        data = json_lines(*form[:-1])
+        for end in range(len(data)):
+            out = zed_translated(data[:end])
+            (document,) = errors_in(out)
+            assert document["error"]["type"] == "api_error"
+            assert "ended before" in document["error"]["message"]
+            assert out.endswith(claude_lb.event_bytes(document))
+
+    def test_an_end_without_message_stop_is_a_cut_at_once(self) -> None:
+        stream = claude_lb.ZedStream()
+        data = json_lines(*wrapped(EVENTS[:-1]), {"status": "stream_ended"})
+        assert len(errors_in(stream.feed(data))) == 1
+        assert stream.over
+        assert stream.close() == b""
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            b"hello",
+            b"[1]",
+            b"7",
+            b"null",
+            b'"x"',
+            b'{"event":5}',
+            b'{"event":',
+            b'{"event":{"type":"ping"}]',
+            b"\xff\xfe",
+            b"[" * 200_000,
+            b'{"event":' + b"[" * 200_000 + b"}",
+        ],
+    )
+    def test_a_line_that_is_no_json_ends_the_answer(self, line: bytes) -> None:
+        data = json_lines(*wrapped(EVENTS[:2])) + line + b"\n" + json_lines(*EVENTS[2:])
+        out = zed_translated(data)
+        (document,) = errors_in(out)
+        assert "no JSON" in document["error"]["message"]
+        assert out == as_sse([*EVENTS[:2], document])
+        assert zed_translated(data, 40, len(data) - 9) == out
+
+    @pytest.mark.parametrize(
+        "kind", [None, 7, "", "a\nevent: message_stop", "x" * 65, "é"]
+    )
+    def test_a_kind_that_cannot_be_named_is_not_passed_on(self, kind: object) -> None:
+        odd: dict[str, Any] = {"type": kind}
+        data = json_lines({"event": odd}, odd, *EVENTS)
+        assert zed_translated(data) == as_sse(EVENTS)
+
+    def test_an_error_in_place_of_an_answer(self) -> None:
+        data = b'{"code":"upstream_http_429","message":"Slow down"}'
+        (document,) = errors_in(zed_translated(data))
+        assert document["error"]["type"] == "rate_limit_error"
+        assert claude_lb.code_of(document) == "upstream_http_429"
+
+    def test_a_line_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        home = sys.modules[claude_lb.LineReader.__module__]
+        monkeypatch.setattr(home, "LINE_BYTES", 100)
+        stream = claude_lb.ZedStream()
+        outs = []
+        for _ in range(9):
+            outs.append(stream.feed(b"x" * 60))
+            assert len(stream._lines.rest()) <= 100
+        assert outs[0] == b""
+        assert len(errors_in(b"".join(outs))) == 1
+
+
+class TestZedErrors:
+    @pytest.mark.parametrize(
+        ("status", "body", "stands_for", "kind", "message"),
+        [
+            (429, {"code": "rate", "message": "m"}, 429, "rate_limit_error", "m"),
+            (402, {"message": "pay"}, 402, "billing_error", "pay"),
+            (402, b"", 402, "billing_error", "without a word"),
+            (500, {"code": "upstream_http_429", "message": "m"}, 429,
+             "rate_limit_error", "m"),
+            (500, {"code": "upstream_http_error", "message": "m",
+                   "upstream_status": 529}, 529, "overloaded_error", "m"),
+            (500, {"code": "upstream_http_error", "message":
+                   '{"upstream_status":413,"message":"too long"}'}, 413,
+             "request_too_large", "too long"),
+            (500, {"code": "upstream_http_400", "message": json.dumps(
+                {"type": "error", "error": {"type": "x", "message": "bad"}})}, 400,
+             "invalid_request_error", "bad"),
+            (503, {"code": "upstream_http_error", "message": "m"}, 503,
+             "overloaded_error", "m"),
+            (500, {"code": "upstream_http_x", "message": "{m", "upstream_status":
+                   "429"}, 500, "api_error", "{m"),
+            (500, {"message": "m", "upstream_status": 200}, 500, "api_error", "m"),
+            (409, {"code": "thread_expired", "message": "m"}, 409, "conflict_error",
+             "m"),
+            (418, {"code": "thread_expired", "message": "m"}, 418,
+             "invalid_request_error", "m"),
+            (401, {"error": "who?"}, 401, "authentication_error", "who?"),
+            (403, {"error": {"message": "no"}}, 403, "permission_error", "no"),
+            (404, b" not here\n", 404, "not_found_error", "not here"),
+            (504, b"<!doctype html><p>x", 504, "timeout_error", "a web page"),
+            (502, b"\n<html>", 502, "api_error", "a web page"),
+            (599, b"\xff", 599, "api_error", "\ufffd"),
+            (500, b"[1]", 500, "api_error", "[1]"),
+            (500, {"x": 1}, 500, "api_error", '{"x":1}'),
+        ],
+    )  # fmt: skip
+    def test_errors(
+        self, status: int, body: object, stands_for: int, kind: str, message: str
+    ) -> None:
+        raw = body if isinstance(body, bytes) else claude_lb.packed(body)
+        document = json.loads(claude_lb.zed_error(status, raw))
+        assert document["type"] == "error"
+        assert document["error"]["type"] == kind
+        assert message in document["error"]["message"]
+        assert claude_lb.zed_status(status, raw) == stands_for
+
+    def test_details(self) -> None:
+        told = {"code": "c", "message": "m", "upstream_status": 503, "retry_after": 7}
+        document = json.loads(claude_lb.zed_error(500, claude_lb.packed(told)))
+        assert document["error"]["details"] == {
+            "error_code": "c",
+            "upstream_status": 503,
+            "retry_after": 7,
+        }
+        assert (claude_lb.code_of(document), claude_lb.wait_of(document)) == ("c", 7)
+
+    @pytest.mark.parametrize(
+        "wait", ["7", True, -1, None, float("nan"), float("inf"), [], 10**12]
+    )
+    def test_a_wait_that_is_none(self, wait: object) -> None:
+        raw = json.dumps({"message": "m", "retry_after": wait}).encode()
+        document = json.loads(claude_lb.zed_error(500, raw))
+        assert "details" not in document["error"]
+        assert claude_lb.wait_of({"error": {"details": {"retry_after": wait}}}) is None
+
+    @pytest.mark.parametrize(
+        "document",
+        [
+            {},
+            {"error": 1},
+            {"error": {}},
+            {"error": {"details": []}},
+            {"error": {"details": {"error_code": 7}}},
+        ],
+    )
+    def test_no_code(self, document: dict[str, Any]) -> None:
+        assert claude_lb.code_of(document) == ""
+        assert claude_lb.wait_of(document) is None
+
+    def test_anthropics_envelope_stays_as_it_is(self) -> None:
+        body = b'{"type": "error",  "error": {"type": "x", "message": "m"}}'
+        assert claude_lb.zed_error(500, body) == body
+
+    def test_an_endless_text_is_shortened(self) -> None:
+        for body in (b"x" * 10**5, claude_lb.packed({"message": "x" * 10**5})):
+            assert len(claude_lb.zed_error(500, body)) < 4100
