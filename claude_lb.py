@@ -8,6 +8,9 @@ Life of a request
     worker -> Attempt -> hold_for (errors and first events are looked at) -> judge,
     Course.step: another attempt, or Commit, Stream -> Pool.settle, one log line,
     Store.record.
+    Where an endpoint or a client speaks another dialect: chat_request makes a message
+    of what comes in, make_call the endpoint's request of a message; the answer passes
+    a Conversion on its way, or make_answer where it has to be whole.
 
     The moment the first answer byte goes to the client is the commit.  Before it
     another endpoint may still serve the request; after it nothing is replayed.
@@ -16,8 +19,9 @@ Threads
     relay       Relay.run: one selector.  Whatever only waits for bytes waits here:
                 the listening socket, idle clients, requests on their way, answers
                 being passed on.
-    workers     Workers: what may block: DNS, connecting, TLS, chunked requests,
-                answers of our own.  They come back by Relay.tell.
+    workers     Workers: what may block or take long: DNS, connecting, TLS, chunked
+                requests, translations, answers of our own.  They come back by
+                Relay.tell.
     reload      Reloader: looks at the configuration file and the accounts, reads
                 them anew.
     store       Store: writes the history, in batches.
@@ -28,49 +32,62 @@ Locks and clocks
     Pool._lock guards the live state of all endpoints; Workers._lock the count of
     idle threads; BodyBudget._lock the bytes held; Log._lock the order of lines;
     _AccountTable._lock the accounts known, Renewer._lock the renewals under way,
-    _Place._lock a history in memory.  None is held across I/O (but for Log's one write
+    ZedService._lock tokens and threads, Catalogue._lock lists of models, _Place._lock
+    a history in memory.  None is held across I/O (but for Log's one write
     and that history), none while another is.
     Durations are monotonic (`_s`, `_since`), records are epoch (`_at`).
 
 Contents
-    1. CONSTANTS     names, limits, defaults: each with its unit and source
-    2. ERRORS        whose fault, in which phase, and the error envelope
-    3. MODEL         frozen values: configuration, heads, requests, records
-    4. FOREIGN       the files of two other balancers, in our terms
-    5. CONFIG        text -> Config; every fault with its JSON path
-    6. HTTP          strict heads, header rules, credentials, stated limits
-    7. BODIES        framing of bodies: length, chunks, end of connection
-    8. JSON          single values of a body, found without parsing the rest
-    9. ACCESS        who may ask what, decided from the head alone
-    10. SSE          what a copy of an event stream tells: complete, failed, at rest
-    11. PRICES       what an answer's tokens cost, by a dated table
-    12. TOKENS       how many tokens a request has, where nobody can be asked
-    13. SELECTION    strategies, conversations, routes: who may serve, in which order
-    14. FAILOVER     the decision table: what follows when an attempt fails
-    15. LOG          one line per exchange, as text or JSON
-    16. HISTORY      the tables: rows, roll-ups, what they say; upgrades
-    17. STORE        the thread that writes them; databases that are ill
-    18. LOGINS       what a login is made of; accounts as endpoints
-    19. PROVIDER     asks who gives out tokens; takes a browser back
-    20. ACCOUNTS     stored accounts: their rows, their tokens, who renews them
-    21. POOL         live state of the endpoints behind one lock: cooldowns, affinity
-    22. CONNECTIONS  waiting on sockets; the client's side of an exchange
-    23. RELAY        the one thread that waits for bytes; clients between requests
-    24. UPSTREAM     connect, TLS, proxies, idle connections, send, read the head
-    25. ATTEMPT      one request on its way, until its answer may go on
-    26. STREAM       one committed answer on its way to the client
-    27. SHARING      one answer for identical requests
-    28. COMMIT       the answered half of an exchange
-    29. COURSE       what one request asks for, and how far it has come
-    30. EXCHANGE     one client request with its attempts and its answer
-    31. RECEPTION    from a client's bytes to an exchange; answers of our own
-    32. REPORTS      snapshots and tables as JSON and text
-    33. STATISTICS   what the history says, as JSON and text
-    34. RELOAD       takes over the configuration file when it changes
-    35. SERVER       the listening socket, our own routes, start, drain
-    36. DEMO         two embedded upstreams that speak the Messages API
-    37. SELFTEST     every row of the decision table, tried with scripted upstreams
-    38. CLI          options, commands, start, stop
+    1. CONSTANTS        names, limits, defaults: each with its unit and source
+    2. ERRORS           whose fault, in which phase, and the error envelope
+    3. MODEL            frozen values: configuration, heads, requests, records
+    4. FOREIGN          the files of two other balancers, in our terms
+    5. CONFIG           text -> Config; every fault with its JSON path
+    6. HTTP             strict heads, header rules, credentials, stated limits
+    7. BODIES           framing of bodies: length, chunks, end of connection
+    8. JSON             single values of a body, found without parsing the rest
+    9. ACCESS           who may ask what, decided from the head alone
+    10. SSE             what a copy of an event stream tells: complete, failed, at rest
+    11. PRICES          what an answer's tokens cost, by a dated table
+    12. TOKENS          how many tokens a request has, where nobody can be asked
+    13. MESSAGES        a message and its events, each made of the other
+    14. OPENAI          a request in the words of OpenAI-compatible endpoints
+    15. OPENAI ANSWERS  and what their answers, streams and errors become
+    16. CHAT            an OpenAI client's request as a message
+    17. COMPLETIONS     and a message as that client knows answers
+    18. ZED THREADS     which thread and mode a request has at Zed's service
+    19. ZED             its envelope, its lines and errors
+    20. SIGNATURES      thinking that its backend could not sign
+    21. MODELS          the lists of endpoints as one
+    22. DIALECTS        one face for each of these
+    23. SELECTION       strategies, conversations, routes: who may serve, in which order
+    24. FAILOVER        the decision table: what follows when an attempt fails
+    25. LOG             one line per exchange, as text or JSON
+    26. HISTORY         the tables: rows, roll-ups, what they say; upgrades
+    27. STORE           the thread that writes them; databases that are ill
+    28. LOGINS          what a login is made of; accounts as endpoints
+    29. PROVIDER        asks who gives out tokens; takes a browser back
+    30. ACCOUNTS        stored accounts: their rows, their tokens, who renews them
+    31. ZED SERVICE     its tokens and threads while we run
+    32. CATALOGUE       asks endpoints for their models
+    33. POOL            live state of the endpoints behind one lock: cooldowns, affinity
+    34. CONNECTIONS     waiting on sockets; the client's side of an exchange
+    35. RELAY           the one thread that waits for bytes; clients between requests
+    36. UPSTREAM        connect, TLS, proxies, idle connections, send, read the head
+    37. ATTEMPT         one request on its way, until its answer may go on
+    38. STREAM          one committed answer on its way to the client
+    39. SHARING         one answer for identical requests
+    40. COMMIT          the answered half of an exchange
+    41. COURSE          what one request asks for, and how far it has come
+    42. EXCHANGE        one client request with its attempts and its answer
+    43. RECEPTION       from a client's bytes to an exchange; answers of our own
+    44. REPORTS         snapshots and tables as JSON and text
+    45. STATISTICS      what the history says, as JSON and text
+    46. RELOAD          takes over the configuration file when it changes
+    47. SERVER          the listening socket, our own routes, start, drain
+    48. DEMO            two embedded upstreams that speak the Messages API
+    49. SELFTEST        every row of the decision table, tried with scripted upstreams
+    50. CLI             options, commands, start, stop
 
 Usage
     python3 claude_lb.py --demo
@@ -491,6 +508,17 @@ class UpstreamError(ProxyError):
         self.page = page
 
 
+class UntranslatableError(UpstreamError):
+    """An endpoint's dialect has no words for a part of a request.
+
+    `refusal` tells the client which, if nobody else can serve it.
+    """
+
+    def __init__(self, refusal: RefusedError) -> None:
+        super().__init__(Phase.SEND, refusal.message)
+        self.refusal = refusal
+
+
 # Source: the error table of the Messages API; 500 keeps the name that users of the
 # Node balancer know, statuses the API does not have stand under the nearest type.
 ERROR_TYPES = {
@@ -568,7 +596,7 @@ class OpenAISettings(NamedTuple):
     #: Takes stream_options.include_usage.
     stream_usage: bool = True
     #: Goes into every request's body.
-    extra_body: Mapping[str, Any] = {}
+    extra_body: Mapping[str, Any] = MappingProxyType({})
 
 
 class ZedSettings(NamedTuple):
@@ -610,10 +638,15 @@ class ZedSettings(NamedTuple):
     #: current, or older: with intent and mode.
     wire: str = "current"
     organization_id: str = ""
-    version: str = "0.999.0"
+    #: Of Zed's client, as x-zed-version tells it; "": not sent.
+    version: str = ""
 
 
 USUAL_OPENAI, USUAL_ZED = OpenAISettings(), ZedSettings()
+
+
+#: A token is lent for each use, and can be exchanged for a fresh one.
+LENT_TYPES = (AuthType.OAUTH, AuthType.MINTED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -854,6 +887,8 @@ class Lane(Enum):
     MESSAGES = "messages"
     COUNT = "count"
     FIXED = "fixed"
+    #: Becomes a message before it is an exchange.
+    CHAT = "chat"
 
 
 @dataclass(frozen=True, eq=False)
@@ -886,6 +921,34 @@ class RequestHead:
     memo: bool
 
 
+class Translator(Protocol):
+    """Makes one stream of another, whatever pieces it comes in."""
+
+    def feed(self, payload: bytes) -> bytes:
+        """Return what the next bytes become; raises ValueError where they can't."""
+
+    def close(self) -> bytes:
+        """Return what is left to say now that the stream is over, or was cut."""
+
+
+class Face(Protocol):
+    """How answers look to a client that does not speak the Messages API."""
+
+    #: Sent while nothing else is.
+    ping: bytes
+    #: It wants events.
+    streams: bool
+
+    def stream(self) -> Translator:
+        """Return what makes the client's stream of ours."""
+
+    def message(self, message: Mapping[str, Any]) -> object:
+        """Return a whole message as the client's document."""
+
+    def error(self, status: int, body: bytes) -> bytes:
+        """Return the body of an error as the client knows them."""
+
+
 class ClientRequest(NamedTuple):
     """One request, read whole."""
 
@@ -898,6 +961,8 @@ class ClientRequest(NamedTuple):
     answer_fields: bytes = b""
     #: The client's own credential lines, for endpoints that pass it through.
     credentials: tuple[bytes, ...] = ()
+    #: None: the client speaks the Messages API.
+    face: Face | None = None
 
 
 class BodyKind(Enum):
@@ -922,6 +987,8 @@ class AnswerHead(NamedTuple):
     content_type: bytes
     encoded: bool
     dated: bool
+    #: Makes the translator of a body in another dialect; None: it is as it should be.
+    translate: Callable[[], Translator] | None = None
 
 
 class Outcome(Enum):
@@ -978,6 +1045,13 @@ class Said(Protocol):
         """Keep no more than these two need."""
 
 
+class Estimated(NamedTuple):
+    """What a request was thought to have before it was sent."""
+
+    model: str
+    tokens: int
+
+
 class ExchangeRecord(NamedTuple):
     """What log and history say about an exchange.  Times in ms, sizes in bytes.
 
@@ -1012,6 +1086,11 @@ class ExchangeRecord(NamedTuple):
     #: time that each takes between two reads of the relay (20 us against 60).
     body_start: bytes = b""
     said: Said | None = None
+    #: Its endpoint speaks another dialect: the answer names the model as it was asked
+    #: for, and no price is known.
+    foreign: bool = False
+    #: The tokens it was thought to have, or its body to be estimated; see Calibration.
+    estimated: Estimated | bytes = b""
 
 
 @dataclass(frozen=True)
@@ -1426,16 +1505,24 @@ class _Reading:
         elif endpoint.get("dialect") == ZED:
             endpoint.pop("authType", None)  # its service has a way of its own
         given = {endpoint.get("authType"), endpoint.get("authToken")}
-        if given & {"passthrough", "oauth"}:
+        if given & {"passthrough", "oauth"} and endpoint.get("dialect") != ZED:
             endpoint["authType"] = "passthrough"
             endpoint.pop("authToken", None)
+        unfit = endpoint.get("dialect") == ZED and not ZED_CREDENTIAL.fullmatch(
+            str(endpoint.get("authToken", ""))
+        )
+        if unfit and endpoint["enabled"]:
+            self.notes.append(
+                f"{path}: disabled: Zed's service wants the user's id, a space and the"
+                " access token as auth_value"
+            )
         if "oauth" in given and endpoint["enabled"]:
             self.logins = True
             self.notes.append(
                 f"{path}: disabled: its OAuth logins are in a keyring; log in again:"
                 " claude_lb.py accounts add NAME (stored accounts serve with this file)"
             )
-        endpoint["enabled"] &= "oauth" not in given
+        endpoint["enabled"] &= not (unfit or "oauth" in given)
         return endpoint
 
     def providers(self, raw: Iterable[Any]) -> dict[str, dict[str, Any]]:
@@ -1792,22 +1879,32 @@ def _service_url(value: Any, path: str, faults: _Faults) -> str | None:
 
 
 def _json_object(value: Any, path: str, faults: _Faults) -> dict[str, Any] | None:
-    if isinstance(value, dict):
-        return value
-    faults.wrong(path, "an object", value)
-    return None
+    if not isinstance(value, dict):
+        faults.wrong(path, "an object", value)
+        return None
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        faults.add(path, "NaN and Infinity are no JSON")
+    for name in ("model", "messages", "stream"):
+        if name in value:
+            faults.add(f"{path}.{name}", "each request has its own")
+    return value
 
 
-def _field_name(value: Any, path: str, faults: _Faults) -> str | None:
+def _plain_word(value: Any, path: str, faults: _Faults) -> str | None:
     name = _text(value, path, faults)
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9-]{1,64}", name):
-        faults.add(path, "expected the name of a header field, such as api-key")
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9.-]{1,64}", name):
+        faults.add(path, "expected letters, digits, dots and dashes, such as api-key")
+    elif name and name.lower().encode() in HOP_BY_HOP | BODY_FIELDS | {b"host"}:
+        faults.add(path, "this field says how the request is to be read")
     return name
 
 
 def _target(value: Any, path: str, faults: _Faults) -> str | None:
     text = _text(value, path, faults)
-    if text is not None and not (text.startswith("/") and is_sendable(text)):
+    plain = text is None or (is_sendable(text) and "#" not in text)
+    if text is not None and not (text.startswith("/") and plain):
         faults.add(path, "expected a path such as /chat/completions?api-version=1")
     return text
 
@@ -1835,7 +1932,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 # JSON name -> (field of the settings class, reader)
 _OPENAI_KEYS: dict[str, tuple[str, _Reader]] = {
     "path": ("path", _target),
-    "keyField": ("key_field", _field_name),
+    "keyField": ("key_field", _plain_word),
     "maxTokensField": (
         "max_tokens_field",
         _choice("max_tokens", "max_completion_tokens"),
@@ -1874,7 +1971,7 @@ _ZED_KEYS: dict[str, tuple[str, _Reader]] = {
     "thread_ttl": _ZED_THREAD_KEYS["ttl"],
     "wire": ("wire", _choice("current", "older")),
     "organization_id": ("organization_id", _text),
-    "version": ("version", _text),
+    "version": ("version", _plain_word),
 }
 _SERVER_KEYS: dict[str, tuple[str, _Reader]] = {
     "host": ("host", _text),
@@ -1966,6 +2063,17 @@ _ENDPOINT_KEYS: dict[str, tuple[str, _Reader]] = {
     "openai": ("openai", _settings_of(OpenAISettings, _OPENAI_KEYS)),
     "zed": ("zed", _settings_of(ZedSettings, _ZED_KEYS)),
 }
+# Fields of an endpoint that are as their keys say.
+_PLAIN_FIELDS = (
+    OPENAI,
+    ZED,
+    "ca_file",
+    "default",
+    "models",
+    "plan",
+    "priority",
+    "weight",
+)
 # What the endpoints of a group share, unless they have their own.
 _SHARED_KEYS = ("authToken", "authTokenEnv", "authTokenCommand", "authType")
 _GROUP_KEYS = ("name", "default", "endpoints", *_SHARED_KEYS)
@@ -2098,7 +2206,7 @@ def _read_token(
     token = str(text)
     if _PLACEHOLDER.search(token):
         faults.add(where, "this is a placeholder: put the endpoint's own token here")
-    elif raw.get("dialect") == ZED and not re.fullmatch(r"[!-~]+ [!-~]+", token):
+    elif raw.get("dialect") == ZED and not ZED_CREDENTIAL.fullmatch(token):
         faults.add(where, "expected the user's id, a space and the access token")
     elif raw.get("dialect") != ZED and not is_sendable(token):
         faults.add(where, "a token holds visible ASCII characters only, no spaces")
@@ -2195,16 +2303,9 @@ def _read_endpoint(
         credential=credential,
         dialect=dialect,
         target=_dialect_target(values, dialect),
-        openai=values.get("openai", USUAL_OPENAI),
-        zed=values.get("zed", USUAL_ZED),
         enabled=enabled,
-        default=values.get("default", False),
-        ca_file=values.get("ca_file"),
         proxy=proxy,
-        weight=values.get("weight", 1),
-        priority=values.get("priority", 0),
-        models=values.get("models", ()),
-        plan=values.get("plan", ""),
+        **{name: values[name] for name in _PLAIN_FIELDS if name in values},
     )
 
 
@@ -2588,6 +2689,8 @@ def lane_of(method: str, path: str) -> Lane:
         return Lane.MESSAGES
     if method == "POST" and path == COUNT_PATH:
         return Lane.COUNT
+    if method == "POST" and path == CHAT_PATH:
+        return Lane.CHAT
     return Lane.FIXED
 
 
@@ -2616,6 +2719,10 @@ def split_fields(lines: Sequence[bytes]) -> Iterator[tuple[bytes, bytes, bytes]]
         yield name.lower(), value.strip(b" \t"), line
 
 
+# Names of models have slashes, which clients escape; nothing else is beyond them
+_MODEL_SLASH = re.compile(r"(?i)^(/v1/models/[^/%]{1,128})%2f")
+
+
 def _split_target(target: str, method: str) -> tuple[str, str, str]:
     """Return (authority or "", target in origin form, path).
 
@@ -2629,7 +2736,7 @@ def _split_target(target: str, method: str) -> tuple[str, str, str]:
         authority, target = absolute[1], absolute[2] or "/"
         target = target if target.startswith("/") else f"/{target}"
     origin = _ORIGIN_FORM.fullmatch(target)
-    if origin is None or _DEVIOUS_PATH.search(origin[1]):
+    if origin is None or _DEVIOUS_PATH.search(_MODEL_SLASH.sub(r"\1/", origin[1])):
         raise RefusedError(400, "the request target is not a plain path")
     return authority, target, origin[1]
 
@@ -2805,6 +2912,9 @@ def _with_beta(lines: list[bytes], betas: str) -> list[bytes]:
     return [*kept, b"anthropic-beta: " + merged.encode("latin-1")]
 
 
+_NO_DROPS: tuple[frozenset[bytes], tuple[bytes, ...]] = (frozenset(), ())
+
+
 @lru_cache(maxsize=512)
 def upstream_head(
     head: RequestHead, endpoint: Endpoint, via: str, credentials: tuple[bytes, ...]
@@ -2817,13 +2927,15 @@ def upstream_head(
     """
     listed = connection_options(head.values)
     foreign = endpoint.dialect != ANTHROPIC
-    drop_prefixes = REQUEST_DROP_PREFIXES + (FOREIGN_DROP_PREFIXES if foreign else ())
+    more, starts = (FOREIGN_DROPS, FOREIGN_DROP_PREFIXES) if foreign else _NO_DROPS
+    more |= {endpoint.openai.key_field.lower().encode("ascii")}
+    drops, prefixes = REQUEST_DROPS | more, REQUEST_DROP_PREFIXES + starts
     # What we look into must come plain; POST makes the things whose ids we pin
     plain = head.method == "POST" or is_edited(head.path)
     kept = [
         line
         for name, line in head.lines
-        if not _dropped(name, REQUEST_DROPS, drop_prefixes)
+        if not _dropped(name, drops, prefixes)
         and name not in listed
         and not (plain and name == b"accept-encoding")
     ]
@@ -2831,7 +2943,8 @@ def upstream_head(
         kept.append(b"accept-encoding: identity")
     if b"anthropic-version" not in head.values and not foreign:
         kept.append(b"anthropic-version: " + ANTHROPIC_VERSION.encode())
-    if b"content-type" not in head.values and head.method in ("POST", "PUT", "PATCH"):
+    untold = foreign or b"content-type" not in head.values
+    if untold and head.method in ("POST", "PUT", "PATCH"):
         kept.append(b"content-type: application/json")
     if endpoint.auth_type is AuthType.OAUTH:
         kept = _with_beta(kept, head.values.get(b"anthropic-beta", ""))
@@ -3649,7 +3762,7 @@ def newest_prompt(messages: Sequence[Mapping[str, Any]]) -> int:
 # Facts: a page whose name was rebound to 127.0.0.1 sends no Origin, only its own
 # Host; a form or an image of another site sends no JSON and says so in Sec-Fetch.
 
-_CREDENTIALS = frozenset([b"authorization", b"x-api-key"])
+CREDENTIALS = frozenset([b"authorization", b"x-api-key"])
 _CORS_FIELDS = (
     "Vary: Origin\r\nAccess-Control-Expose-Headers: request-id, retry-after,"
     " x-should-retry, x-claude-lb-endpoint, x-claude-lb-request-id\r\n"
@@ -3669,8 +3782,14 @@ class Admission(NamedTuple):
 
 
 def under_v1(path: str) -> bool:
-    """Tell whether `path` is one that is forwarded."""
+    """Tell whether `path` is one of the APIs'."""
     return path == "/v1" or path.startswith("/v1/")
+
+
+def asks_models(head: RequestHead) -> bool:
+    """Tell whether a request is for the list of models, or for one of it."""
+    listed = head.path == MODELS_PATH or head.path.startswith(f"{MODELS_PATH}/")
+    return listed and head.method in ("GET", "HEAD")
 
 
 def _digest(text: str) -> bytes:
@@ -3740,7 +3859,7 @@ class Access:
             )
         if not self._passes_credentials:
             return admission
-        lines = (line for name, line in head.lines if name in _CREDENTIALS - ours)
+        lines = (line for name, line in head.lines if name in CREDENTIALS - ours)
         return admission._replace(credentials=tuple(lines))
 
     def check_reader(self, head: RequestHead) -> None:
@@ -3755,7 +3874,7 @@ class Access:
         if has_body and kind != "application/json":
             raise RefusedError(415, "a body here must be application/json")
         if self._admin_key:
-            sent = [head.values.get(name, "") for name in _CREDENTIALS]
+            sent = [head.values.get(name, "") for name in CREDENTIALS]
             good = [self._is_one_of(value, self._admin_key) for value in sent]
             if True not in good:
                 raise RefusedError(
@@ -3821,7 +3940,7 @@ class Access:
         """Return the fields that hold a key of ours; refuse where one is missing."""
         if not self._keys:
             return frozenset()
-        sent = {name: head.values.get(name, "") for name in _CREDENTIALS}
+        sent = {name: head.values.get(name, "") for name in CREDENTIALS}
         ours = frozenset(n for n, v in sent.items() if self._is_one_of(v, self._keys))
         if not ours:
             raise RefusedError(
@@ -4018,6 +4137,10 @@ class SseGate:
             self.error = data or b"{}"
         elif found is not None and (name is None or name[1] not in _BEFORE_CONTENT):
             self.content = True
+
+    def has_content(self) -> bool:
+        """Tell whether content has come, now that the stream is over."""
+        return self.content
 
 
 # ============================================================================
@@ -7980,7 +8103,192 @@ def wants_anthropic(values: Mapping[bytes, str]) -> bool:
 
 
 # ============================================================================
-# 13. SELECTION (pure)
+# 22. DIALECTS (pure)
+# ============================================================================
+#
+# A request in the words of an endpoint that does not speak the Messages API, and what
+# becomes of its answers; and the client that speaks another dialect than ours.
+# Rule: endpoints of our own dialect never come here: their bytes pass.
+
+
+class Place(NamedTuple):
+    """Where a request stands in a thread of its service's."""
+
+    conversation: str
+    turn: ZedTurn
+
+
+class Call(Protocol):
+    """A request in another dialect: what is sent, and how its answers are read."""
+
+    body: bytes
+    #: Lines for its head.
+    fields: tuple[bytes, ...]
+    #: The client wants events.
+    stream: bool
+    estimated: Estimated
+    #: Where it stands among the threads of its service, if that has some.
+    place: Place | None
+
+    def understood(self, answer: AnswerHead) -> AnswerHead:
+        """Return an answer's head as its client is to see it."""
+
+    def message(
+        self, answer: AnswerHead, body: bytes
+    ) -> tuple[Mapping[str, Any], bool]:
+        """Return the message that a whole answer holds; raises ValueError.
+
+        Or an error's document, and True.
+        """
+
+    def failure(self, answer: AnswerHead, body: bytes) -> tuple[AnswerHead, bytes]:
+        """Return an error's head and body as the Messages API has them."""
+
+
+def _as_events(answer: AnswerHead, translate: Callable[[], Translator]) -> AnswerHead:
+    """Return the head of a stream that `translate` will make ours."""
+    kept = without_fields(answer.kept, BODY_FIELDS)
+    kept += b"content-type: text/event-stream; charset=utf-8\r\n"
+    return answer._replace(
+        kept=kept, content_type=b"text/event-stream", translate=translate
+    )
+
+
+def with_wait(kept: bytes, wait_s: float | None) -> bytes:
+    """Return field lines with the Retry-After that an error's body states."""
+    if wait_s is None or b"retry-after:" in kept.lower():
+        return kept
+    return kept + b"retry-after: %d\r\n" % math.ceil(wait_s)
+
+
+def _gathered(events: bytes) -> tuple[Mapping[str, Any], bool]:
+    """Return the message that a whole stream of ours tells of; see Call.message."""
+    reader = MessageReader()
+    reader.feed(events)
+    if reader.error is not None:
+        return reader.error, True
+    if not reader.complete:
+        raise ValueError("the stream has no end")
+    return reader.message(), False
+
+
+def own_message(answer: AnswerHead, body: bytes) -> tuple[Mapping[str, Any], bool]:
+    """Return the message in a whole answer of our own dialect; see Call.message."""
+    if answer.content_type.startswith(b"text/event-stream"):
+        return _gathered(body)
+    message = object_in(body)
+    if "content" not in message:
+        raise ValueError("it is no message")
+    return message, False
+
+
+class OpenAIExchange(Call):
+    """A request to an OpenAI-compatible endpoint."""
+
+    place = None
+    fields: tuple[bytes, ...] = ()
+
+    def __init__(self, call: OpenAICall, spare_id: str, estimated: Estimated) -> None:
+        self._call = call
+        self._spare_id = spare_id
+        self.body, self.stream, self.estimated = call.body, call.stream, estimated
+
+    def _translator(self) -> Translator:
+        return OpenAIStream(self._call, self._spare_id, self.estimated.tokens)
+
+    def understood(self, answer: AnswerHead) -> AnswerHead:
+        """See Call: a server that ignores `stream` is read whole."""
+        events = answer.content_type.startswith(b"text/event-stream")
+        if not (events and self.stream and answer.status < 300):
+            return answer
+        return _as_events(answer, self._translator)
+
+    def message(
+        self, answer: AnswerHead, body: bytes
+    ) -> tuple[Mapping[str, Any], bool]:
+        """See Call."""
+        if answer.content_type.startswith(b"text/event-stream"):
+            translator = self._translator()
+            return _gathered(translator.feed(body) + translator.close())
+        return openai_message(body, self._call, self._spare_id), False
+
+    def failure(self, answer: AnswerHead, body: bytes) -> tuple[AnswerHead, bytes]:
+        """See Call."""
+        return answer, openai_error(answer.status, body)
+
+
+class Wish(NamedTuple):
+    """What is known of a request before it gets a place in a thread."""
+
+    conversation: str
+    request: Mapping[str, Any]
+    estimated: Estimated
+    #: RouteStep's mode.
+    mode: str
+
+
+class ZedExchange(Call):
+    """A request to Zed's service, whose answers are always streams."""
+
+    def __init__(
+        self, wish: Wish, settings: ZedSettings, turn: ZedTurn, model: str | None
+    ) -> None:
+        self.body = zed_envelope(wish.request, turn, settings, model)
+        self.place, self.estimated = Place(wish.conversation, turn), wish.estimated
+        self.stream = wish.request.get("stream") is True
+        fields = zed_fields(settings)
+        self.fields = tuple(f"{n}: {value}".encode("ascii") for n, value in fields)
+
+    def understood(self, answer: AnswerHead) -> AnswerHead:
+        """See Call: a token that the service calls stale is a 401."""
+        if zed_stale_token(answer.status, answer.kept):
+            return answer._replace(status=401, reason=b"")
+        if answer.status >= 300 or not self.stream:
+            return answer
+        return _as_events(answer, ZedStream)
+
+    def message(
+        self, answer: AnswerHead, body: bytes
+    ) -> tuple[Mapping[str, Any], bool]:
+        """See Call."""
+        translator = ZedStream()
+        return _gathered(translator.feed(body) + translator.close())
+
+    def failure(self, answer: AnswerHead, body: bytes) -> tuple[AnswerHead, bytes]:
+        """See Call: the status is that of the upstream behind the service."""
+        told = zed_error(answer.status, body)
+        kept = with_wait(answer.kept, wait_of(object_in(told)))
+        status = zed_status(answer.status, body)
+        if status != answer.status:
+            answer = answer._replace(status=status, reason=b"")
+        return answer._replace(kept=kept), told
+
+
+class ChatFace(Face):
+    """A client that speaks OpenAI's dialect."""
+
+    ping = CHAT_PING
+
+    def __init__(self, call: ChatCall, created: int) -> None:
+        self._call = call
+        self._created = created  # epoch seconds
+        self.streams = call.stream
+
+    def stream(self) -> Translator:
+        """See Face."""
+        return ChatStream(self._call, self._created)
+
+    def message(self, message: Mapping[str, Any]) -> object:
+        """See Face."""
+        return chat_completion(message, self._call, self._created)
+
+    def error(self, status: int, body: bytes) -> bytes:
+        """See Face."""
+        return chat_error(status, body)
+
+
+# ============================================================================
+# 23. SELECTION (pure)
 # ============================================================================
 #
 # Which endpoints may serve a request, and in which order they are tried.  The
@@ -7995,9 +8303,10 @@ _BODY_ID = re.compile(
 _BODY_MARKS = (b'"file_', b'"container_', b'"skill_')
 
 
-def fixed_endpoint(endpoints: Sequence[Endpoint]) -> Endpoint:
-    """Return the endpoint for paths that are not balanced."""
-    return next((e for e in endpoints if e.default), endpoints[0])
+def fixed_endpoint(endpoints: Sequence[Endpoint]) -> Endpoint | None:
+    """Return the endpoint for paths that are not balanced; None: none knows them."""
+    native = [e for e in endpoints if e.dialect == ANTHROPIC]
+    return next((e for e in native if e.default), native[0] if native else None)
 
 
 def named_ids(head: RequestHead, body: bytes | bytearray) -> tuple[str, ...]:
@@ -8221,6 +8530,8 @@ class Target(NamedTuple):
     priority: int
     #: The name to send; None: as the client wrote it.
     model: str | None = None
+    #: Of RouteStep.
+    mode: str = ""
 
 
 @lru_cache(maxsize=4096)
@@ -8266,7 +8577,7 @@ def targets_for(config: Config, model: str | None) -> tuple[Target, ...]:
     if route is None:
         return unrouted
     return tuple(
-        Target(e, e.priority if s.priority is None else s.priority, s.model)
+        Target(e, e.priority if s.priority is None else s.priority, s.model, s.mode)
         for s in route.steps
         for e in enabled
         if s.endpoint == e.name or (s.group and s.group == e.group)
@@ -8285,7 +8596,7 @@ def served_models(config: Config) -> tuple[str, ...]:
 
 
 # ============================================================================
-# 14. FAILOVER (pure)
+# 24. FAILOVER (pure)
 # ============================================================================
 #
 # RULES is the policy: `judge` finds the row for what came, `next_step` says what
@@ -8303,6 +8614,7 @@ class Verdict(Enum):
     RETRY = "once more there, then another"
     FRESH = "there, on a fresh connection"
     RENEW = "there, with a fresh token"
+    REWORD = "there, put otherwise"
     AMBIGUOUS = "relay, or another by resendAmbiguous"
 
 
@@ -8330,6 +8642,9 @@ class Sign(Enum):
     CREDIT = "speaks of limit or credit"
     REQUEST = "speaks of the request"
     ACCOUNT = "an account's token"
+    DIALECT = "cannot be translated"
+    THREAD = "a thread is used up"
+    SIGNATURE = "foreign thinking"
     MODEL = "names the model"
     EVENT = "error event"
     CUT = "cut or silent"
@@ -8411,6 +8726,8 @@ RULES = (
          _QUICK, "nothing was sent"),
     Rule("stale-send", _SEND, (), Sign.STALE, Verdict.FRESH, Scope.NONE, _NOT,
          "an idle connection's end says nothing of the endpoint"),
+    Rule("dialect", _SEND, (), Sign.DIALECT, Verdict.ANOTHER, Scope.NONE, _NOT,
+         "the endpoint's dialect has no words for a part of the request"),
     Rule("unsent", _SEND, (), Sign.NONE, Verdict.ANOTHER, Scope.ENDPOINT, _QUICK,
          "an incomplete request is not served (RFC 9112 section 8)"),
     Rule("stale-wait", _WAIT, (), Sign.STALE, Verdict.FRESH, Scope.NONE, _NOT,
@@ -8421,6 +8738,10 @@ RULES = (
          "or a redirect: a login page, or a wrong baseURL: nobody generated"),
     Rule("lost", _WAIT, (), Sign.NONE, Verdict.AMBIGUOUS, Scope.ENDPOINT, _SHORT,
          "the whole request was sent: it may have been served"),
+    Rule("thread", _ANSWER, (), Sign.THREAD, Verdict.REWORD, Scope.NONE, _NOT,
+         "a new thread or prompt may be had at once"),
+    Rule("signature", _ANSWER, (400,), Sign.SIGNATURE, Verdict.REWORD, Scope.NONE, _NOT,
+         "once more without the thinking that another backend made"),
     Rule("spend-cap", _ANSWER, (429,), Sign.SPEND, Verdict.ANOTHER, Scope.ENDPOINT,
          _HOUR, "it holds until the cap is raised or the month ends"),
     Rule("limited-model", _ANSWER, (429,), Sign.MODEL_WINDOW, Verdict.ANOTHER,
@@ -8530,7 +8851,7 @@ def _matches(rule: Rule, finding: Finding) -> bool:
 
 
 def next_step(rule: Rule, chances: Chances) -> Verdict:
-    """Return what to do now: RELAY, ANOTHER, RETRY, FRESH or RENEW."""
+    """Return what to do now: RELAY, ANOTHER, RETRY, FRESH, RENEW or REWORD."""
     verdict = rule.verdict
     if verdict is Verdict.RETRY and chances.retries > 0:
         return Verdict.RETRY
@@ -8552,6 +8873,8 @@ def finding_for(error: UpstreamError, lane: Lane, method: str) -> Finding:
     stale = error.phase is Phase.SEND or (repeatable and not error.timed_out)
     if error.local:
         return Finding(Phase.CONNECT, sign=Sign.LOCAL)
+    if isinstance(error, UntranslatableError):
+        return Finding(Phase.SEND, sign=Sign.DIALECT)
     if error.network:
         sign = Sign.NETWORK
     elif error.certificate:
@@ -8567,8 +8890,13 @@ def finding_for(error: UpstreamError, lane: Lane, method: str) -> Finding:
     return Finding(error.phase, sign=sign)
 
 
-# Source: the Messages API's errors; `error_code` where it gives one.
-_SPEND_CODES = ("enforced_spend_limit_reached", "contract_spend_limit_reached")
+# Source: the Messages API's errors; `error_code` where it gives one.  The last is
+# OpenAI's.
+_SPEND_CODES = (
+    "enforced_spend_limit_reached",
+    "contract_spend_limit_reached",
+    "insufficient_quota",
+)
 # Matched at the start: further on a message may quote what the client wrote
 _CREDIT = re.compile(
     r"(?i)you have reached your specified (?:workspace )?API usage limits"
@@ -8608,18 +8936,21 @@ def finding_of_answer(
     stated: bool,
     limits: Mapping[str, str],
     model: str,
-    renewable: bool = False,
+    known: Sign = Sign.NONE,
 ) -> Finding:
     """Return what an error answer shows.
 
-    `stated` says that it states a reset, `renewable` that the credential it was
-    asked with can be exchanged for a fresh one; `limits` are its limit fields.
+    `stated` says that it states a reset; `limits` are its limit fields.  `known` is
+    what the caller has found: that the request can be put otherwise, or (ACCOUNT)
+    that its credential can be exchanged for a fresh one.
     """
     if status < 400:  # most login pages are reached by a redirect
         return Finding(Phase.WAIT, status, Sign.PAGE)
     kind, message, code = error_of(body)
     sign = Sign.NONE
-    if status == 429 and code in _SPEND_CODES:
+    if known in (Sign.THREAD, Sign.SIGNATURE):
+        sign = known
+    elif status == 429 and code in _SPEND_CODES:
         sign = Sign.SPEND
     elif status == 429 and stated:
         sign = Sign.MODEL_WINDOW if model and _names_model(limits) else Sign.WINDOW
@@ -8627,11 +8958,17 @@ def finding_of_answer(
         sign = Sign.CREDIT
     elif status == 401 and _NO_LOGIN.match(message):
         sign = Sign.REQUEST
-    elif status == 401 and renewable:
-        sign = Sign.ACCOUNT
-    elif status == 404 and ("model:" in message or (model and model in message)):
+    elif status == 401 and known is Sign.ACCOUNT:
+        sign = known
+    elif status == 404 and _speaks_of(model, message, code):
         sign = Sign.MODEL
     return Finding(Phase.ANSWER, status, sign, kind)
+
+
+def _speaks_of(model: str, message: str, code: str) -> bool:
+    """Tell whether a 404 is about the model rather than the path."""
+    named = "model:" in message or bool(model and model in message)
+    return named or code == "model_not_found"
 
 
 _MODEL_CLAIMS = ("seven_day_opus", "seven_day_sonnet")
@@ -8814,6 +9151,8 @@ def refusal_for(error: UpstreamError, tried: Sequence[Endpoint]) -> RefusedError
     """
     names = ", ".join(dict.fromkeys(e.name for e in tried)) or "none"
     message = f"{error.message} (tried: {names})"
+    if isinstance(error, UntranslatableError):
+        return error.refusal
     if error.local:
         fields = (("Retry-After", str(RETRY_AFTER_S)),)
         return RefusedError(503, message, fields=fields, close=False)
@@ -8825,7 +9164,7 @@ def refusal_for(error: UpstreamError, tried: Sequence[Endpoint]) -> RefusedError
 
 
 # ============================================================================
-# 15. LOG
+# 25. LOG
 # ============================================================================
 #
 # Rule: an exchange is one line, written once, when it ends.  Secrets and bodies
@@ -8986,7 +9325,7 @@ class Log:
 
 
 # ============================================================================
-# 16. HISTORY
+# 26. HISTORY
 # ============================================================================
 #
 # What is kept of exchanges and accounts: functions of a connection.
@@ -9394,14 +9733,25 @@ def _tokens_of(usage: Usage) -> tuple[int | None, ...]:
     return counts
 
 
+def usage_told(record: ExchangeRecord) -> Usage | None:
+    """Return what an exchange's answer says that it took, read now if need be."""
+    if record.said is None:
+        return record.usage
+    usage = record.said.usage()
+    if record.foreign and usage is not None and not usage.output_tokens:
+        return None  # the API demands a number where the upstream told none
+    return usage
+
+
 def _read(record: ExchangeRecord) -> tuple[str | None, str | None, Usage | None]:
     """Return the models asked for and used, and the usage, read now if need be."""
     asked, said = record.model_asked, record.said
     if asked is None and record.body_start:
         asked = asked_model(record.body_start)
     if said is None:
-        return asked, record.model_used or asked, record.usage
-    return asked, said.model() or record.model_used or asked, said.usage()
+        return asked, record.model_used or asked, usage_told(record)
+    named = "" if record.foreign else said.model()
+    return asked, named or record.model_used or asked, usage_told(record)
 
 
 def _row_of(record: ExchangeRecord) -> HistoryRow:
@@ -9415,7 +9765,8 @@ def _row_of(record: ExchangeRecord) -> HistoryRow:
     if usage is not None:
         tokens = _tokens_of(usage)
         # One that was cut before it counted what it made cost more than it says
-        if tokens is not _NO_TOKENS and usage.output_tokens is not None:
+        counted = tokens is not _NO_TOKENS and usage.output_tokens is not None
+        if counted and not record.foreign:
             cost = cost_usd(model or "", usage, record.at_ms / 1000)
     row = (
         record.request_id,
@@ -9901,7 +10252,7 @@ def save_accounts(
 
 
 # ============================================================================
-# 17. STORE
+# 27. STORE
 # ============================================================================
 #
 # Rule: history never costs a request.  `record` appends to a deque; one thread
@@ -10095,6 +10446,8 @@ class Store:
         self._log = log
         self._clock = clock
         self._place = _Place(settings.database, log, connect, rescued, clock)
+        #: Told what was estimated and used, in the store's thread; see Calibration.
+        self.learn: Callable[[str, int, Usage], None] | None = None
         self.configure(settings)
         self._waiting: collections.deque[ExchangeRecord] = collections.deque()
         self._flushes: collections.deque[threading.Event] = collections.deque()
@@ -10272,7 +10625,21 @@ class Store:
         except Exception as error:  # noqa: BLE001 - a row that cannot be written
             return self._narrow(batch, error)
         self._most, self._strikes, self._in_hand = HISTORY_BATCH, 0, 0
+        self._compare(batch)
         return True
+
+    def _compare(self, batch: Sequence[ExchangeRecord]) -> None:
+        """Tell what requests had whose tokens were estimated."""
+        learn = self.learn
+        for record in batch if learn is not None else ():
+            estimated = record.estimated
+            usage = usage_told(record) if estimated else None
+            if learn is None or usage is None:
+                continue
+            with contextlib.suppress(RefusedError):
+                if isinstance(estimated, bytes):
+                    estimated = read_request(estimated)[1]
+                learn(*estimated, usage)
 
     def _narrow(self, batch: list[ExchangeRecord], error: Exception) -> bool:
         """Try with fewer rows, so that one that cannot be written harms no other."""
@@ -10334,7 +10701,7 @@ class Store:
 
 
 # ============================================================================
-# 18. LOGINS (pure)
+# 28. LOGINS (pure)
 # ============================================================================
 #
 # What a login is made of, and what an account becomes: an endpoint like any other.
@@ -10653,19 +11020,33 @@ def with_accounts(config: Config, accounts: Sequence[Account]) -> Config:
 
 
 # ============================================================================
-# 19. PROVIDER
+# 29. PROVIDER
 # ============================================================================
 #
 # Asks who gives out tokens.  Rule: what it says is shown by its error code alone, never
 # as it stands: it may quote a token.
 
 
-def _opener(url: str) -> Any:
-    """Return what asks `url`: no redirects, only the environment's proxies."""
+class Way(NamedTuple):
+    """How a service is reached that is asked beside all exchanges."""
+
+    ca_file: str | None = None
+    #: None: what the environment names.
+    proxy: str | None = None
+    #: None: ASK_S.
+    within_s: float | None = None
+    most_bytes: int = ASK_BYTES
+
+
+_USUAL_WAY = Way()
+
+
+def _opener(url: str, way: Way) -> Any:
+    """Return what asks `url`: no redirects, no proxy but the one that is named."""
     import urllib.request  # noqa: PLC0415 - 15 ms that few need
 
-    proxies = {}
-    if not is_loopback(url_parts(url)[1]):
+    proxies = {"http": way.proxy, "https": way.proxy} if way.proxy else {}
+    if not proxies and not is_loopback(url_parts(url)[1]):
         found = urllib.request.getproxies_environment()
         proxy = found.get("https") or found.get("all")
         proxies = {"https": proxy} if proxy else {}
@@ -10673,32 +11054,42 @@ def _opener(url: str) -> Any:
     for handler in (
         urllib.request.ProxyHandler(proxies),
         urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(context=ssl.create_default_context()),
+        urllib.request.HTTPSHandler(
+            context=ssl.create_default_context(cafile=way.ca_file)
+        ),
     ):
         opener.add_handler(handler)
     return opener
 
 
-def _post(url: str, fields: Mapping[str, str] | None, token: Secret | None) -> Any:
-    """Return (status, body) of the answer; raises OSError and the like."""
+def ask_service(
+    url: str,
+    data: bytes | None,
+    fields: Mapping[str, str],
+    way: Way = _USUAL_WAY,
+) -> tuple[int, bytes]:
+    """Return status and body of the answer to a GET, or to a POST of `data`.
+
+    Raises OSError, HTTPException, ValueError; ProviderError where it is too long.
+    """
     import urllib.request  # noqa: PLC0415 - 15 ms that few need
 
-    end = time.monotonic() + ASK_S
-    data = b"" if fields is None else json.dumps(fields).encode()
-    request = urllib.request.Request(url, data, method="POST")  # noqa: S310 - checked
+    within_s = ASK_S if way.within_s is None else way.within_s
+    end = time.monotonic() + within_s
+    request = urllib.request.Request(url, data)  # noqa: S310 - checked
     request.add_header("Content-Type", "application/json")
     request.add_header("Accept", "application/json")
     request.add_header("User-Agent", f"{PROXY_NAME}/{VERSION}")
-    if token is not None:
-        request.add_unredirected_header("Authorization", f"Bearer {token.reveal()}")
-    with _opener(url).open(request, timeout=ASK_S) as answer:
+    for name, value in fields.items():
+        request.add_unredirected_header(name, value)
+    with _opener(url, way).open(request, timeout=within_s) as answer:
         body = b""
-        while len(body) <= ASK_BYTES and time.monotonic() < end:
+        while len(body) <= way.most_bytes and time.monotonic() < end:
             piece = answer.read1(ASK_BYTES)
             if not piece:
-                return answer.status, body
+                return int(answer.status), body
             body += piece
-    if len(body) > ASK_BYTES:
+    if len(body) > way.most_bytes:
         raise ProviderError("the provider's reply is too long")
     raise TimeoutError
 
@@ -10714,12 +11105,20 @@ def _trouble(error: Exception) -> str:
 
 
 def ask_provider(
-    url: str, fields: Mapping[str, str] | None, token: Secret | None = None
+    url: str,
+    fields: Mapping[str, str] | None,
+    credential: str = "",
+    way: Way = _USUAL_WAY,
 ) -> bytes:
-    """Return the body of the good answer to a POST; raises ProviderError."""
+    """Return the body of the good answer to a POST; raises ProviderError.
+
+    `credential` is a whole Authorization field's value.
+    """
     host = url_parts(url)[1]
+    data = b"" if fields is None else json.dumps(fields).encode()
+    head = {"Authorization": credential} if credential else {}
     try:
-        status, body = _post(url, fields, token)
+        status, body = ask_service(url, data, head, way)
     except (OSError, http.client.HTTPException, ValueError) as error:
         text = f"{host} cannot be asked: {_trouble(error)}"
         raise ProviderError(text) from None  # its own text may quote what was sent
@@ -10750,7 +11149,9 @@ def exchange_code(
 def make_api_key(settings: AccountSettings, token: Secret) -> Secret:
     """Have the provider make an API key; raises ProviderError."""
     key = credential_in(
-        object_in(ask_provider(settings.api_key_url, None, token)).get("raw_key")
+        object_in(
+            ask_provider(settings.api_key_url, None, f"Bearer {token.reveal()}")
+        ).get("raw_key")
     )
     if key is None:
         raise ProviderError("the provider's reply holds no API key")
@@ -10851,7 +11252,7 @@ class LocalCallback:
 
 
 # ============================================================================
-# 20. ACCOUNTS
+# 30. ACCOUNTS
 # ============================================================================
 #
 # The stored accounts, and who renews their tokens.
@@ -11556,7 +11957,308 @@ class Renewer:
 
 
 # ============================================================================
-# 21. POOL
+# 31. ZED SERVICE
+# ============================================================================
+#
+# What the endpoints of Zed's service need while we run: short-lived tokens made of
+# their credential, one request for many that wait, and the books of their threads.
+
+
+class _Seat:
+    """What one endpoint has at Zed's service, as long as it stays as it is."""
+
+    __slots__ = ("book", "endpoint", "token", "waiting")
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.book = ThreadBook(endpoint.zed, new_uuid)
+        self.token: Secret | None = None
+        #: Who is told of the token that is being made.
+        self.waiting: list[Callable[[Secret | None, str], None]] = []
+
+    def fits(self, endpoint: Endpoint) -> bool:
+        """Tell whether an endpoint is the same as far as the service goes."""
+        same = service_of(endpoint) == service_of(self.endpoint)
+        return same and endpoint.zed == self.endpoint.zed
+
+
+class ZedService:
+    """Lends tokens and keeps threads; see Threads.  Safe to share between threads."""
+
+    def __init__(
+        self,
+        config: Config,
+        work: Callable[[Callable[[], None]], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._work = work
+        self._clock = clock
+        self._lock = threading.Lock()  # guards all that follows
+        self._seats: dict[str, _Seat] = {}
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Serve the endpoints of a configuration; those that stay keep their state."""
+        found = {e.name: e for e in config.endpoints if e.dialect == ZED}
+        with self._lock:
+            before, self._seats = self._seats, {}
+            for name, endpoint in found.items():
+                seat = before.get(name)
+                if seat is None or not seat.fits(endpoint):
+                    seat = _Seat(endpoint)
+                self._seats[name] = seat
+
+    # -- tokens --------------------------------------------------------------
+
+    def token(self, name: str) -> Secret | None:
+        """See Logins; `name` is the endpoint's."""
+        with self._lock:
+            return self._seats[name].token if name in self._seats else None
+
+    def renew(
+        self,
+        name: str,
+        stale: Secret | None,
+        then: Callable[[Secret | None, str], None],
+    ) -> None:
+        """See Logins."""
+        with self._lock:
+            seat = self._seats.get(name)
+            known = None if seat is None else seat.token
+            fresh = known if known != stale else None
+            first = seat is not None and fresh is None and not seat.waiting
+            if seat is not None and fresh is None:
+                seat.waiting.append(then)
+        if seat is None:
+            then(None, "it has been removed")
+        elif fresh is not None:
+            then(fresh, "")
+        elif first:
+            try:
+                self._work(partial(self._mint, seat))
+            except RuntimeError as error:
+                self._minted(seat, None, str(error))
+
+    def _mint(self, seat: _Seat) -> None:
+        """Have the service make a token, in a worker's thread."""
+        token, why, endpoint = None, "a fault of the proxy", seat.endpoint
+        try:
+            url = endpoint.base_url.rstrip("/") + ZED_TOKEN_TARGET
+            asked = object_in(zed_token_request(endpoint.zed))
+            secret = endpoint.credential.reveal() if endpoint.credential else ""
+            way = Way(endpoint.ca_file, endpoint.proxy)
+            token = read_zed_token(ask_provider(url, asked, secret, way))
+        except (AccountError, ValueError) as error:
+            why = str(error)
+        finally:
+            self._minted(seat, token, why)
+
+    def _minted(self, seat: _Seat, token: Secret | None, why: str) -> None:
+        with self._lock:
+            seat.token = token or seat.token
+            waiting, seat.waiting = seat.waiting, []
+        for then in waiting:
+            then(token, why)
+
+    # -- threads -------------------------------------------------------------
+
+    def plan(self, endpoint: Endpoint, wish: Wish) -> ZedTurn:
+        """See Threads."""
+        name = endpoint.name
+        self.first_token(name)
+        with self._lock:
+            if name not in self._seats:
+                raise UpstreamError(Phase.CONNECT, f"{name} has been removed")
+            book = self._seats[name].book
+            mode = wish.mode or None
+            key, now = wish.conversation, self._clock()
+            tokens = wish.estimated.tokens
+            return book.plan(key, wish.request, tokens, mode, now)
+
+    def first_token(self, name: str) -> Secret:
+        """Return an endpoint's token; the first is waited for, in a worker.
+
+        Raises UpstreamError.
+        """
+        token, why = self.token(name), ""
+        if token is None:
+            answers: queue.SimpleQueue[tuple[Secret | None, str]] = queue.SimpleQueue()
+            self.renew(name, None, lambda *told: answers.put(told))
+            try:
+                token, why = answers.get(timeout=ZED_TOKEN_S)
+            except queue.Empty:
+                token, why = None, f"no answer within {ZED_TOKEN_S:g} s"
+        if token is None:
+            text = f"{name}: Zed's service gave no token: {why}"
+            raise UpstreamError(Phase.CONNECT, text)
+        return token
+
+    def again(self, endpoint: Endpoint, place: Place, code: str) -> ZedTurn | None:
+        """See Threads."""
+        with self._lock:
+            seat = self._seats.get(endpoint.name)
+            if seat is None or not code:
+                return None
+            return seat.book.again(place.conversation, place.turn, code, self._clock())
+
+    def learn(self, endpoint: Endpoint, place: Place, usage: Usage | None) -> None:
+        """See Threads."""
+        with self._lock:
+            seat = self._seats.get(endpoint.name)
+            if seat is not None:
+                seat.book.learn(place.conversation, place.turn, usage, self._clock())
+
+    def report(self, costs: bool) -> dict[str, object]:
+        """Return each endpoint's threads, or what they may have cost."""
+        with self._lock:
+            now = self._clock()
+            return {
+                name: seat.book.costs() if costs else seat.book.status(now)
+                for name, seat in self._seats.items()
+            }
+
+
+def new_uuid() -> str:
+    """Return a random UUID, version 4; the uuid module would take 3 ms to load."""
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    parts = (digits[:8], digits[8:12], f"4{digits[13:16]}", variant + digits[17:20])
+    return "-".join((*parts, digits[20:]))
+
+
+# ============================================================================
+# 32. CATALOGUE
+# ============================================================================
+#
+# Which models the endpoints have, for GET /v1/models.  Each is asked by itself, and
+# what it said is kept for a while; one that hangs is waited for by nobody.
+
+
+_MODELS_TARGETS = {ANTHROPIC: "/v1/models?limit=1000", OPENAI: "", ZED: "/models"}
+
+
+class _ModelsOf(NamedTuple):
+    """Whose models: an endpoint's, asked with a client's credential if it wants one."""
+
+    endpoint: Endpoint
+    credentials: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def at(cls, endpoint: Endpoint, credentials: Mapping[str, str]) -> _ModelsOf:
+        """Return an endpoint's list, as this client may see it."""
+        passing = endpoint.auth_type is AuthType.PASSTHROUGH
+        return cls(endpoint, tuple(sorted(credentials.items())) if passing else ())
+
+    def question(self, token: Secret | None) -> tuple[str, dict[str, str]]:
+        """Return where to ask, and with which fields; `token` is one that was lent.
+
+        Raises ValueError where one is needed, and there is none.
+        """
+        endpoint, fields = self.endpoint, dict(self.credentials)
+        lent = endpoint.auth_type in LENT_TYPES
+        if lent and token is None:
+            raise ValueError("there is no token yet")
+        secret = token if lent else endpoint.credential
+        bearer = lent or endpoint.auth_type is AuthType.AUTH_TOKEN
+        if endpoint.dialect == ANTHROPIC:
+            fields["anthropic-version"] = ANTHROPIC_VERSION
+            if endpoint.auth_type is AuthType.OAUTH:
+                fields["anthropic-beta"] = OAUTH_BETA
+        if secret is not None and endpoint.dialect == OPENAI:
+            name = endpoint.openai.key_field
+            fields[name or "Authorization"] = (
+                f"{'' if name else 'Bearer '}{secret.reveal()}"
+            )
+        elif secret is not None:
+            name = "Authorization" if bearer else "x-api-key"
+            fields[name] = f"{'Bearer ' if bearer else ''}{secret.reveal()}"
+        target = _MODELS_TARGETS[endpoint.dialect]
+        target = target or f"{version_path(endpoint.base_url)}/models"
+        scheme = "https" if endpoint.secure else "http"
+        return f"{scheme}://{endpoint.authority}{endpoint.prefix}{target}", fields
+
+
+class Catalogue:
+    """Asks endpoints for their models.  Safe to share between threads."""
+
+    def __init__(
+        self,
+        work: Callable[[Callable[[], None]], None],
+        lent: Callable[[Endpoint], Secret | None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._work = work
+        self._lent = lent
+        self._clock = clock
+        self._lock = threading.Lock()  # guards all that follows
+        #: Until when it counts (monotonic), and the models; None: it was not told.
+        self._known: dict[_ModelsOf, tuple[float, list[dict[str, Any]] | None]] = {}
+        self._asking: set[_ModelsOf] = set()
+
+    def of(
+        self, endpoints: Sequence[Endpoint], credentials: Mapping[str, str]
+    ) -> list[list[dict[str, Any]]]:
+        """Return the models of each endpoint; none where it is not told in time.
+
+        `credentials` are the client's, for endpoints that pass them through.
+        """
+        until = self._clock() + MODELS_S
+        places = [_ModelsOf.at(e, credentials) for e in endpoints]
+        told: queue.SimpleQueue[None] = queue.SimpleQueue()
+        todo = self._due(places)
+        for place in todo:
+            try:
+                self._work(partial(self._ask, place, told))
+            except RuntimeError:
+                self._take(place, None)
+                told.put(None)
+        with contextlib.suppress(queue.Empty):
+            for _ in todo:
+                told.get(timeout=max(0.001, until - self._clock()))
+        with self._lock:
+            found = [self._known.get(p, (0.0, None))[1] for p in places]
+        return [models or [] for models in found]
+
+    def _due(self, places: Sequence[_ModelsOf]) -> list[_ModelsOf]:
+        """Return what has to be asked now, and is not being asked."""
+        now = self._clock()
+        with self._lock:
+            over = [p for p, (until, _) in self._known.items() if until <= now]
+            for place in over if len(self._known) > MODELS_LISTS else ():
+                del self._known[place]
+            known, asking = self._known, self._asking
+            stale = [p for p in places if p not in known or known[p][0] <= now]
+            todo = [p for p in stale if p not in asking]
+            self._asking.update(todo)
+            return todo
+
+    def _ask(self, place: _ModelsOf, told: queue.SimpleQueue[None]) -> None:
+        """Ask one endpoint, in a worker's thread."""
+        models, endpoint = None, place.endpoint
+        try:
+            url, fields = place.question(self._lent(endpoint))
+            way = Way(endpoint.ca_file, endpoint.proxy, MODELS_ASK_S, EDIT_BYTES)
+            status, body = ask_service(url, None, fields, way)
+            models = listed_models(body, endpoint.dialect) if status == 200 else None
+        except (OSError, http.client.HTTPException, ValueError, ProviderError):
+            pass  # it is left out for a while
+        finally:
+            self._take(place, models)
+            told.put(None)
+
+    def _take(self, place: _ModelsOf, models: list[dict[str, Any]] | None) -> None:
+        with self._lock:
+            self._asking.discard(place)
+            before = self._known.get(place, (0.0, None))[1]
+            kept_s = MODELS_MISSED_S if models is None else MODELS_KEPT_S
+            found = before if models is None else models
+            self._known[place] = (self._clock() + kept_s, found)
+
+
+# ============================================================================
+# 33. POOL
 # ============================================================================
 #
 # Rule: one lock; under it only arithmetic and pure functions.  Check-and-take is
@@ -11623,6 +12325,7 @@ class Live:
 
     __slots__ = (
         "answering",
+        "counts",
         "endpoint",
         "failed",
         "failed_at",
@@ -11649,6 +12352,8 @@ class Live:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.index = 0
+        #: It can be asked to count tokens, as far as is known.
+        self.counts = endpoint.dialect == ANTHROPIC
         #: It is in the configuration.
         self.listed = False
         self.in_flight = self.used = self.succeeded = self.failed = 0
@@ -11815,17 +12520,28 @@ class Live:
         )
 
 
+class Sent(NamedTuple):
+    """How a route wants a request to be sent."""
+
+    #: None: as the client named it.
+    model: str | None = None
+    mode: str = ""
+
+
+_AS_ASKED = Sent()
+
+
 class Lease:
     """An attempt that is counted in.  To be settled once."""
 
-    __slots__ = ("ask", "endpoint", "live", "model", "since", "troubles")
+    __slots__ = ("ask", "endpoint", "live", "mode", "model", "since", "troubles")
 
-    def __init__(self, live: Live, ask: Ask, model: str | None, now: float) -> None:
+    def __init__(self, live: Live, ask: Ask, sent: Sent, now: float) -> None:
         self.live = live
         self.endpoint = live.endpoint
         self.ask = ask
-        #: The model's name to send in place of the client's.
-        self.model = model
+        #: The model's name to send in place of the client's; RouteStep's mode.
+        self.model, self.mode = sent
         self.since = now
         #: What it tries out: whether that is over.
         self.troubles: dict[str, Trouble] = {}
@@ -11865,10 +12581,10 @@ class _Plan:
     """Who may serve a model: tiers by priority, and the names to send."""
 
     def __init__(
-        self, tiers: tuple[tuple[Live, ...], ...], models: Mapping[Live, str]
+        self, tiers: tuple[tuple[Live, ...], ...], sent: Mapping[Live, Sent]
     ) -> None:
         self.tiers = tiers
-        self.models = models
+        self.sent = sent
         #: `index` of the endpoint chosen last, for messages and for counting tokens:
         #: each plan has its own turns.
         self.last = [-1, -1]
@@ -11912,7 +12628,7 @@ class _Plans:
 
     def _make(self, model: str | None) -> _Plan:
         tiers: dict[int, list[Live]] = {}
-        models: dict[Live, str] = {}
+        sent: dict[Live, Sent] = {}
         seen: set[Live] = set()
         for target in targets_for(self._config, model):
             live = self._lives[target.endpoint.name]
@@ -11920,10 +12636,9 @@ class _Plans:
                 continue
             seen.add(live)
             tiers.setdefault(target.priority, []).append(live)
-            if target.model is not None:
-                models[live] = target.model
+            sent[live] = Sent(target.model, target.mode)
         ranked = [sorted(tiers[p], key=lambda x: x.index) for p in sorted(tiers)]
-        return _Plan(tuple(map(tuple, ranked)), models)
+        return _Plan(tuple(map(tuple, ranked)), sent)
 
 
 def _carried(before: Sequence[Live], endpoints: Sequence[Endpoint]) -> dict[str, Live]:
@@ -12019,7 +12734,8 @@ class _Chooser:
         self.by_limits = self._choose_by in (headroom, window)
         self._aged_at = -math.inf
         enabled = config.enabled  # empty where every account needs a login
-        self._fixed = lives[fixed_endpoint(enabled).name] if enabled else None
+        fixed = fixed_endpoint(enabled)
+        self._fixed = None if fixed is None else lives[fixed.name]
         self.plans = _Plans(config, lives)
         #: The endpoint that everything goes to, by hand.
         self.manual: Live | None = None
@@ -12027,14 +12743,26 @@ class _Chooser:
     def bound(self, ask: Ask) -> tuple[bool, Live | None]:
         """Tell whether one endpoint alone may serve, and which if it can."""
         fixed, maker = ask.lane is Lane.FIXED, None
+        counting = ask.lane is Lane.COUNT
         if ask.ids:
             fixed = fixed or any(i.startswith("file_") for i in ask.ids)
             maker = self._memory.maker_of(ask.ids)
         live = maker or (self._fixed if fixed else self.manual)
         if ask.forced:
             live = self._lives.get(ask.forced)
-        bound = bool(ask.forced) or live is not None
-        return bound, live if live is not None and live.endpoint.enabled else None
+        bound = bool(ask.forced) or fixed or live is not None
+        if live is None or not live.endpoint.enabled:
+            return bound, None
+        native = live.endpoint.dialect == ANTHROPIC or ask.lane is Lane.MESSAGES
+        return bound, live if native and (live.counts or not counting) else None
+
+    def served_by(self, ask: Ask) -> list[Live]:
+        """Return who serves `ask` at all; to count tokens: or an estimate does."""
+        bound, only = self.bound(ask)
+        estimated = ask.lane is Lane.COUNT and ask.forced in ("", *self._lives)
+        if bound and not (only is None and estimated):
+            return [] if only is None else [only]
+        return [x for tier in self.plans.of(ask.model).tiers for x in tier]
 
     def next(self, now: float) -> Live:
         """Return whose turn it is, where nothing but the strategy decides."""
@@ -12056,11 +12784,13 @@ class _Chooser:
         plan = self.plans.of(ask.model)
         keys = trouble_keys(ask.model) if hindered else ("",)
         names = {e.name for e in tried}  # a reload makes new objects
+        if ask.lane is Lane.COUNT:
+            names.update(n for n, x in self._lives.items() if not x.counts)
         kept = self._keeper(plan, ask, tried, keys, now)
         if kept is not None:
             return kept
         out: set[Live | None] = set()
-        if hindered or tried:
+        if hindered or names:
             out = {x for x in hindered if not x.may_serve(keys, now)}
             out.update(map(self._lives.get, names))
         for tier in plan.tiers:
@@ -12118,6 +12848,18 @@ class _Chooser:
             if ready:
                 return self._choose_by(ready, turn)
         return None
+
+
+def _exhaustion_of(lives: Sequence[Live], ask: Ask, now: float) -> Exhaustion:
+    """Return why none of `lives` may serve `ask`."""
+    keys = trouble_keys(ask.model)
+    resets = [x.resets_at(keys, now) for x in lives if not x.paused]
+    stated = [r - now for r in resets if r is not None and math.isfinite(r)]
+    reset_s = min(stated) if stated and None not in resets else None
+    states = [f"{x.endpoint.name}: {x.state(now)}" for x in lives[:STATES]]
+    if len(lives) > STATES:
+        states.append(f"and {len(lives) - STATES} more")
+    return Exhaustion(reset_s, tuple(states), unserved=False)
 
 
 class Pool:
@@ -12190,6 +12932,10 @@ class Pool:
             or self._memory.has_pins()
             or not self._config.enabled
         )
+        #: Thinking may come back that an endpoint's backend could not sign.
+        self.mixed = any(x.endpoint.dialect != ANTHROPIC for x in lives)
+        #: An endpoint may be asked to count tokens.
+        self.counting = any(x.counts and x.endpoint.enabled for x in lives)
 
     def needs_model(self) -> bool:
         """Tell whether a request's model makes a difference now."""
@@ -12221,7 +12967,7 @@ class Pool:
         now = self._clock()
         with self._lock:
             if ask is PLAIN_ASK and self.simple and not tried:
-                return self._take(self._chooser.next(now), ask, None, now)
+                return self._take(self._chooser.next(now), ask, _AS_ASKED, now)
             bound, live = self._chooser.bound(ask)
             if bound and (tried or live is None or live.paused):
                 return None
@@ -12229,8 +12975,8 @@ class Pool:
                 live = self._chooser.choose(ask, tried, now, hindered=self._hindered)
             if live is None:
                 return None
-            model = self._chooser.plans.of(ask.model).models.get(live)
-            return self._take(live, ask, model, now)
+            sent = self._chooser.plans.of(ask.model).sent.get(live, _AS_ASKED)
+            return self._take(live, ask, sent, now)
 
     def again(self, lease: Lease) -> Lease | None:
         """Return a further attempt at the endpoint of `lease`, counted in.
@@ -12241,10 +12987,11 @@ class Pool:
         with self._lock:
             if not (lease.live.listed and lease.live.may_serve(keys, now)):
                 return None
-            return self._take(lease.live, lease.ask, lease.model, self._clock())
+            sent = Sent(lease.model, lease.mode)
+            return self._take(lease.live, lease.ask, sent, self._clock())
 
-    def _take(self, live: Live, ask: Ask, model: str | None, now: float) -> Lease:
-        lease = Lease(live, ask, model, now)
+    def _take(self, live: Live, ask: Ask, sent: Sent, now: float) -> Lease:
+        lease = Lease(live, ask, sent, now)
         live.begin(now)
         if live.troubles and ask.lane is Lane.MESSAGES:
             keys, found = trouble_keys(ask.model), live.troubles
@@ -12254,6 +13001,12 @@ class Pool:
         return lease
 
     # -- what it has shown ---------------------------------------------------
+
+    def counts_no_tokens(self, lease: Lease) -> None:
+        """Take note that an endpoint cannot count tokens: it is not asked again."""
+        with self._lock:
+            lease.live.counts = False
+            self._note_hindered()
 
     def settle(self, lease: Lease, evidence: Evidence | None) -> str:
         """Count an attempt out, with what it showed; None if it failed in nothing.
@@ -12374,26 +13127,14 @@ class Pool:
 
     def exhaustion(self, ask: Ask) -> Exhaustion:
         """Return why nobody may serve `ask` now."""
-        now, keys = self._clock(), trouble_keys(ask.model)
+        now = self._clock()
         with self._lock:
-            lives = [
-                x for tier in self._chooser.plans.of(ask.model).tiers for x in tier
-            ]
-            bound, only = self._chooser.bound(ask)
-            if bound:
-                lives = [only] if only is not None else []
-            idle = not self._config.enabled
-            if idle:
-                lives = list(self._lives.values())  # each says why
-            resets = [x.resets_at(keys, now) for x in lives if not x.paused]
-            stated = [r - now for r in resets if r is not None and math.isfinite(r)]
-            reset_s = min(stated) if stated and None not in resets else None
-            states = [f"{x.endpoint.name}: {x.state(now)}" for x in lives[:STATES]]
-            if len(lives) > STATES:
-                states.append(f"and {len(lives) - STATES} more")
-            unknown = ask.forced if not (lives or idle) else ""
-            unserved = not lives and not idle
-            return Exhaustion(reset_s, tuple(states), unserved, unknown)
+            if not self._config.enabled:  # each says why
+                return _exhaustion_of(list(self._lives.values()), ask, now)
+            lives = self._chooser.served_by(ask)
+            found = _exhaustion_of(lives, ask, now)
+            unknown = "" if lives else ask.forced
+            return found._replace(unserved=not lives, unknown=unknown)
 
     def snapshot(self) -> PoolSnapshot:
         """Return a frozen copy of the live state."""
@@ -12410,7 +13151,7 @@ class Pool:
 
 
 # ============================================================================
-# 22. CONNECTIONS
+# 34. CONNECTIONS
 # ============================================================================
 #
 # Rule: every socket is non-blocking.  A thread that must wait does so here, and
@@ -12648,7 +13389,7 @@ class ClientConnection:
 
 
 # ============================================================================
-# 23. RELAY
+# 35. RELAY
 # ============================================================================
 #
 # One thread, one selector: whatever only waits for bytes waits here and holds no
@@ -12937,7 +13678,7 @@ class Relay:
 
 
 # ============================================================================
-# 24. UPSTREAM
+# 36. UPSTREAM
 # ============================================================================
 #
 # http.client owns the connection and its socket.  Its tunnel, send and response path
@@ -13437,7 +14178,7 @@ class Upstreams:
 
 
 # ============================================================================
-# 25. ATTEMPT
+# 37. ATTEMPT
 # ============================================================================
 #
 # One request on a connection, from its first byte to its answer's head.  It runs
@@ -13497,10 +14238,10 @@ class Attempt:
         "_answer",
         "_body",
         "_caller",
-        "_fed",
         "_hold",
         "_limit_s",
         "_method",
+        "_raw",
         "_relay",
         "_rest",
         "_since",
@@ -13526,8 +14267,8 @@ class Attempt:
         # While a body is gathered
         self._hold: Hold | None = None
         self._answer: AnswerHead | None = None
-        self._fed = 0  # bytes of the upstream's buffer that the reader has had
-        self._body = b""
+        self._raw = bytearray()  # as it comes: these two grow in place
+        self._body = bytearray()
 
     def begin(
         self, method: str, head: bytes, body: bytes | bytearray, limit_s: float
@@ -13588,7 +14329,9 @@ class Attempt:
             else:
                 self._lost(phase, error)
             return
-        if data:
+        if data and self._hold is not None:
+            self._look_on(self._hold, data)
+        elif data:
             self.upstream.buffer += data
             self._read_on()
         elif self._hold is not None:
@@ -13615,9 +14358,6 @@ class Attempt:
 
     def _read_on(self) -> None:
         """Look for the final answer's head in what has come; skip interim ones."""
-        if self._hold is not None:
-            self._look_on(self._hold)
-            return
         upstream = self.upstream
         try:
             answer = upstream.final_head(self._method)
@@ -13639,18 +14379,18 @@ class Attempt:
         self._hold, self._answer = hold, answer
         self._relay.enter(self)
         self._since, self._limit_s = self._relay.now, hold.within_s
-        self._watch()
-        if self._hold is not None:  # TLS may have held the rest
-            self._look_on(hold)
+        first, self.upstream.buffer = self.upstream.buffer, b""
+        self._look_on(hold, first)
+        if self._hold is not None:
+            self._watch()
 
-    def _look_on(self, hold: Hold) -> None:
-        raw = self.upstream.buffer
+    def _look_on(self, hold: Hold, data: bytes) -> None:
+        self._raw += data
         try:
-            hold.reader.feed(raw[self._fed :])
+            hold.reader.feed(data)
         except ValueError:
             self._end_hold(Held.CUT)
             return
-        self._fed = len(raw)
         self._body += hold.reader.payload
         enough = hold.seen(hold.reader.payload)
         if hold.reader.done and not hold.reader.excess:
@@ -13659,14 +14399,14 @@ class Attempt:
             self._end_hold(Held.ENOUGH)
         elif hold.reader.done:
             self._end_hold(Held.CUT)
-        elif len(raw) > hold.most_bytes:
+        elif len(self._raw) > hold.most_bytes:
             self._end_hold(Held.FULL)
 
     def _end_hold(self, held: Held) -> None:
         self._relay.leave(self)
-        self._hold = None
+        self._hold, self.upstream.buffer = None, bytes(self._raw)
         if self._answer is not None:
-            self._caller.gathered(self.upstream, self._answer, self._body, held)
+            self._caller.gathered(self.upstream, self._answer, bytes(self._body), held)
 
     def sweep(self, now: float) -> None:
         """Enforce the limits of sending and of waiting for the head."""
@@ -13692,7 +14432,7 @@ class Attempt:
 
 
 # ============================================================================
-# 26. STREAM
+# 38. STREAM
 # ============================================================================
 #
 # One committed answer between an upstream and its client.
@@ -13719,6 +14459,39 @@ class Watch(Said, Protocol):
         """Return the ids of what the upstream has made, as far as seen."""
 
 
+class Conversion:
+    """A body's way through dialects: the upstream's, ours, which is looked at, another.
+
+    What either side speaks already is not translated.
+    """
+
+    __slots__ = ("_look", "_ours", "_theirs")
+
+    def __init__(
+        self, ours: Translator | None, watch: Watch | None, theirs: Translator | None
+    ) -> None:
+        self._ours = ours
+        self._look = watch.feed if watch is not None else None
+        self._theirs = theirs
+
+    def feed(self, payload: bytes) -> bytes:
+        """Return what the client gets for it; raises ValueError."""
+        if self._ours is not None:
+            payload = self._ours.feed(payload)
+        if self._look is not None:
+            self._look(payload)
+        return payload if self._theirs is None else self._theirs.feed(payload)
+
+    def close(self) -> bytes:
+        """Return what is left for the client: the body is over, or was cut."""
+        last = b"" if self._ours is None else self._ours.close()
+        if self._look is not None:
+            self._look(last)
+        if self._theirs is None:
+            return last
+        return self._theirs.feed(last) + self._theirs.close()
+
+
 class Delivery(NamedTuple):
     """How one answer is to be delivered."""
 
@@ -13739,6 +14512,9 @@ class Delivery(NamedTuple):
     trace: Callable[[int], None] | None
     #: Given what the client is sent, for others who asked for the same.
     share: Callable[[bytes], None] | None = None
+    #: None: the body goes on as it is.
+    convert: Conversion | None = None
+    ping: bytes = PING_EVENT
 
 
 def watch_for(answer: AnswerHead, lane: Lane) -> Watch | None:
@@ -13752,11 +14528,15 @@ def watch_for(answer: AnswerHead, lane: Lane) -> Watch | None:
     return None
 
 
-def recoding_of(answer: AnswerHead, *, modern: bool) -> tuple[Recode, bytes]:
+def recoding_of(
+    answer: AnswerHead, *, modern: bool, converted: bool = False
+) -> tuple[Recode, bytes]:
     """Return how a body goes to a client that is `modern` or speaks HTTP/1.0.
 
     The bytes are what is sent after the body's end.
     """
+    if converted or answer.translate is not None:
+        return (Recode.CHUNKS, LAST_CHUNK) if modern else (Recode.PLAIN, b"")
     if answer.kind not in (BodyKind.CHUNKED, BodyKind.CLOSE):
         return Recode.AS_IS, b""
     if not modern:
@@ -13774,6 +14554,7 @@ class Stream:
     __slots__ = (
         "_backlog",
         "_client_at",
+        "_convert",
         "_delivery",
         "_look",
         "_on_end",
@@ -13806,6 +14587,7 @@ class Stream:
         # Of `delivery`, for each event
         self._reader = delivery.reader
         self._recode = delivery.recode
+        self._convert = delivery.convert
         self._look = delivery.watch.feed if delivery.watch is not None else None
         # How it stands
         self.ended: Outcome | None = None
@@ -13832,19 +14614,43 @@ class Stream:
             out = reader.feed(data)
         except ValueError as error:
             self._cut(Outcome.TRUNCATED, f"the upstream's framing broke: {error}")
-            return b""
-        if self._look is not None:
-            self._look(reader.payload)
-        if self._recode is Recode.CHUNKS:
-            out = chunk(reader.payload)
-        elif self._recode is Recode.PLAIN:
-            out = reader.payload
+            return self._last_words()
+        if self._convert is not None:
+            out = self._converted(self._convert, reader.payload, ended=reader.done)
+            sse = self._delivery.sse
+            if sse is not None and sse.failed and not reader.done:
+                return out + self._at_end()  # what else may come is for nobody
+        else:
+            if self._look is not None:
+                self._look(reader.payload)
+            if self._recode is Recode.CHUNKS:
+                out = chunk(reader.payload)
+            elif self._recode is Recode.PLAIN:
+                out = reader.payload
         if not reader.done:
             return out
         last = self._at_end()
-        if self.ended is Outcome.TRUNCATED and isinstance(reader, LengthReader):
+        counted = isinstance(reader, LengthReader) and self._convert is None
+        if self.ended is Outcome.TRUNCATED and counted:
             return out[:-1]  # a whole body of stated length would look well ended
         return out + last
+
+    def _converted(self, convert: Conversion, payload: bytes, *, ended: bool) -> bytes:
+        """Return what the client gets for a part of the body, as it is framed."""
+        out = b""
+        try:
+            out = convert.feed(payload)
+            if ended:
+                out += convert.close()
+        except Exception as error:  # noqa: BLE001 - it reads what anybody may send
+            self._cut(Outcome.TRUNCATED, f"the upstream's events broke: {error!r}")
+        return out if self._recode is Recode.PLAIN else chunk(out)
+
+    def _last_words(self) -> bytes:
+        """Return what a translated stream that is cut has still to say."""
+        if self._convert is None:
+            return b""
+        return self._converted(self._convert, b"", ended=True)
 
     def _at_end(self) -> bytes:
         """Take note of the body's end; return what tells the client of it."""
@@ -13862,7 +14668,11 @@ class Stream:
             self.ended, self.reason = outcome, reason
 
     def _hang_up(self, reason: str) -> None:
-        self.ended, self.reason = Outcome.CLIENT_CANCELLED, reason
+        sse = self._delivery.sse
+        if sse is not None and sse.complete() and not self._backlog:
+            self._at_end()  # it has all that it waited for
+        else:
+            self.ended, self.reason = Outcome.CLIENT_CANCELLED, reason
         self._backlog = b""
 
     def _pass_on(self, data: bytes) -> None:
@@ -13879,6 +14689,7 @@ class Stream:
         try:
             sent = self.client.send_some(data)
         except ClientGoneError as error:
+            self._backlog = data  # it has not got all
             self._hang_up(str(error))
             return
         self.sent_bytes += sent
@@ -13911,7 +14722,7 @@ class Stream:
         try:
             data = self.upstream.receive()
         except OSError as error:
-            self._cut(Outcome.TRUNCATED, f"the upstream's connection broke: {error}")
+            self._break(f"the upstream's connection broke: {error}")
         else:
             if data:
                 self._upstream_at = self._said_at = self._relay.now
@@ -13926,11 +14737,22 @@ class Stream:
 
     def _upstream_closed(self) -> None:
         if self._delivery.reader.close():
+            self._pass_on(self._last_words() + self._at_end())
+        else:
+            self._break("the upstream closed in the middle of the answer")
+
+    def _break(self, reason: str) -> None:
+        """End because the upstream does."""
+        if self._is_told():
             self._pass_on(self._at_end())
         else:
-            self._cut(
-                Outcome.TRUNCATED, "the upstream closed in the middle of the answer"
-            )
+            self._cut(Outcome.TRUNCATED, reason)
+            self._pass_on(self._last_words())
+
+    def _is_told(self) -> bool:
+        """Tell whether a translated answer is whole, whatever its upstream does."""
+        sse = self._delivery.sse
+        return self._convert is not None and sse is not None and sse.complete()
 
     def on_client(self, mask: int) -> None:
         """Send what is left, and notice a hang-up."""
@@ -13956,20 +14778,24 @@ class Stream:
             if now - max(self._client_at, self._said_at) > CLIENT_STALL_S:
                 self._hang_up("the client stopped reading")
                 self._go_on()
+        elif self._is_told() and now - self._upstream_at > SWEEP_S:
+            self._pass_on(self._at_end())  # the body's end does not come
+            self._go_on()
         elif now - self._upstream_at > self._delivery.idle_s:
             limit = self._delivery.idle_s
-            self._cut(Outcome.TRUNCATED, f"no byte from the upstream for {limit:g} s")
+            self._break(f"no byte from the upstream for {limit:g} s")
             self._go_on()
         elif now - self._said_at >= PING_S and self._may_ping():
             self._said_at = now
-            plain = self._delivery.recode is Recode.PLAIN
-            self._pass_on(PING_EVENT if plain else chunk(PING_EVENT))
+            plain, ping = self._recode is Recode.PLAIN, self._delivery.ping
+            self._pass_on(ping if plain else chunk(ping))
             self._go_on()
 
     def _may_ping(self) -> bool:
         """Tell whether a chunk and an event have both just ended."""
         sse, reader = self._delivery.sse, self._delivery.reader
-        return sse is not None and sse.at_rest() and reader.at_rest()
+        framed = self._convert is not None or reader.at_rest()  # ours, or its own
+        return sse is not None and sse.at_rest() and framed
 
     def abort(self, reason: str) -> None:
         """End now, visibly unfinished."""
@@ -13996,7 +14822,7 @@ class Stream:
 
 
 # ============================================================================
-# 27. SHARING
+# 39. SHARING
 # ============================================================================
 #
 # Identical requests at the same time get one answer (balancing.dedupe): the first,
@@ -14190,7 +15016,7 @@ class Follower:
 
 
 # ============================================================================
-# 28. COMMIT
+# 40. COMMIT
 # ============================================================================
 #
 # The answered half of an exchange: from the first byte to the client on.
@@ -14212,6 +15038,22 @@ class Logins(Protocol):
 
         However many ask, the provider is asked once.  From any thread, to any.
         """
+
+
+class Threads(Logins, Protocol):
+    """What the endpoints of Zed's service need besides tokens."""
+
+    def plan(self, endpoint: Endpoint, wish: Wish) -> ZedTurn:
+        """Return the thread and the prompt that a request goes into.
+
+        In a worker: a first token is waited for.  Raises UpstreamError, RefusedError.
+        """
+
+    def again(self, endpoint: Endpoint, place: Place, code: str) -> ZedTurn | None:
+        """Return another thread or prompt to try after an error; None: it's no use."""
+
+    def learn(self, endpoint: Endpoint, place: Place, usage: Usage | None) -> None:
+        """Take in that a request was answered."""
 
 
 class Keeper(Protocol):
@@ -14247,10 +15089,18 @@ class Services(NamedTuple):
     repeats: Repeats
     #: Answers that others may still share, by share_key.
     shares: dict[bytes, Share]
+    #: Learns how far estimates of tokens are from what answers say.
+    calibration: Calibration
     #: None: nobody wants to know.
     keeper: Keeper | None = None
     #: None: no endpoint is an account's.
     logins: Logins | None = None
+    #: Lends the tokens of Zed endpoints, and keeps their threads.
+    zed: Threads | None = None
+
+    def lender_for(self, endpoint: Endpoint) -> Logins | None:
+        """Return who lends an endpoint its token."""
+        return self.zed if endpoint.dialect == ZED else self.logins
 
 
 def client_head(
@@ -14282,6 +15132,9 @@ def client_head(
 def http_date() -> str:
     """Return now, as a Date field says it."""
     return formatdate(usegmt=True)
+
+
+_LENGTH_FIELD = frozenset([b"content-length"])
 
 
 class Ending(NamedTuple):
@@ -14326,7 +15179,14 @@ class Commit:
         """Send the head with what is here of the body; `over` is called once."""
         self._over = over
         answer, upstream, head = self._answer, self._upstream, self._request.head
-        recode, last = recoding_of(answer, modern=head.modern)
+        convert = None
+        if answer.translate is not None or self._request.face is not None:
+            convert = self._conversion()
+        if convert is not None:
+            answer = answer._replace(kept=without_fields(answer.kept, _LENGTH_FIELD))
+        recode, last = recoding_of(
+            answer, modern=head.modern, converted=convert is not None
+        )
         keep = head.keep_alive and not self._services.draining()
         keep = keep and recode is not Recode.PLAIN
         start = client_head(
@@ -14354,8 +15214,18 @@ class Commit:
             idle_s=self._services.config.timeouts.idle_s,
             trace=self._tell_chunk if log.shows("debug") else None,
             share=None if self._share is None else self._share.feed,
+            convert=convert,
+            ping=PING_EVENT if self._request.face is None else self._request.face.ping,
         )
         self._begin_stream(delivery, start, data)
+
+    def _conversion(self) -> Conversion | None:
+        """Return what the body goes through, where a side speaks another dialect."""
+        face, answer, watch = self._request.face, self._answer, self._watch
+        events = isinstance(watch, SseWatch)
+        ours = answer.translate() if answer.translate is not None else None
+        theirs = face.stream() if face is not None and events else None
+        return Conversion(ours, watch, theirs) if ours or theirs else None
 
     def _tell_chunk(self, size: int) -> None:
         self._services.log.write("debug", f"{self._request.id} relays", bytes=size)
@@ -14456,7 +15326,7 @@ class Commit:
 
 
 # ============================================================================
-# 29. COURSE
+# 41. COURSE
 # ============================================================================
 #
 # What one request asks for, what is sent for it, and how far it has come.  Rule: a
@@ -14467,7 +15337,6 @@ _RESULTS_URL = re.compile(
     rb'("results_url"\s*:\s*")https?://[^"\\]{1,2048}?'
     rb'(/v1/messages/batches/[^"\\]{0,512}")'
 )
-_BODY_FIELDS = frozenset([b"content-length", b"content-type", b"transfer-encoding"])
 
 
 class Contents:
@@ -14497,11 +15366,17 @@ class Contents:
 
     def with_model(self, model: str) -> bytes | bytearray:
         """Return the body with the name of the model that a route wants sent."""
-        body = self._request.body
-        found = model_of(body, self.members())
-        if found is None or found[0] == model:
-            return body
-        return with_value(body, found[1], model)
+        return with_model(self._request.body, self.members(), model)
+
+
+def with_model(
+    body: bytes | bytearray, members: Mapping[str, Member], model: str
+) -> bytes | bytearray:
+    """Return `body` with another model's name; `members` is what top_level found."""
+    found = model_of(body, members)
+    if found is None or found[0] == model:
+        return body
+    return with_value(body, found[1], model)
 
 
 def make_ask(request: ClientRequest, contents: Contents, services: Services) -> Ask:
@@ -14530,13 +15405,20 @@ def head_to_send(
     via: str,
     length: int,
     token: Secret | None = None,
+    fields: tuple[bytes, ...] = (),
 ) -> bytes:
-    """Return the whole head of the request to `endpoint`; `token` is an account's."""
+    """Return the whole head of the request to `endpoint`.
+
+    `token` is one that was lent, `fields` are lines that its dialect wants.
+    """
     make = upstream_head if request.head.memo else upstream_head.__wrapped__
-    credentials = request.credentials
-    if endpoint.auth_type is AuthType.OAUTH:  # without a token: the 401 brings one
+    credentials: tuple[bytes, ...] = ()
+    if endpoint.auth_type is AuthType.PASSTHROUGH:
+        credentials = request.credentials
+    elif endpoint.auth_type in LENT_TYPES:  # without a token: the 401 brings one
         line = f"authorization: Bearer {token.reveal()}" if token else ""
         credentials = (line.encode("ascii"),) if line else ()
+    credentials += fields
     start: bytes = make(request.head, endpoint, via, credentials)
     if length or request.head.method in ("POST", "PUT", "PATCH"):
         return b"%bcontent-length: %d\r\n\r\n" % (start, length)
@@ -14549,11 +15431,13 @@ class Course:
     __slots__ = (
         "answering",
         "attempts",
+        "body",
         "model",
         "renewed",
         "retries",
         "trail",
         "tried",
+        "turn",
     )
 
     def __init__(self) -> None:
@@ -14561,6 +15445,10 @@ class Course:
         self.answering = ""
         #: The model's name that was sent in place of the client's.
         self.model: str | None = None
+        #: The body that is sent in place of the client's, once it was reworded.
+        self.body: bytes | None = None
+        #: The next place at Zed's service, after one that was used up.
+        self.turn: ZedTurn | None = None
         #: Names of the endpoints whose token was exchanged for a fresh one.
         self.renewed: tuple[str, ...] = ()
         #: Attempts begun, but for those on a connection found dead.
@@ -14574,6 +15462,8 @@ class Course:
     def begin(self, endpoint: Endpoint, *, fresh: bool) -> None:
         """Take note of an attempt."""
         self.attempts += not fresh
+        if self.tried and self.tried[-1] is not endpoint:
+            self.turn = None
         if all(endpoint.name != e.name for e in self.tried):
             self.tried.append(endpoint)
 
@@ -14591,7 +15481,7 @@ class Course:
             tried=len(self.tried) - 1,
         )
         step = next_step(rule, chances)
-        if step in (Verdict.RELAY, Verdict.FRESH, Verdict.RENEW):
+        if step in (Verdict.RELAY, Verdict.FRESH, Verdict.RENEW, Verdict.REWORD):
             return step
         late = now - request.since > settings.total_s
         if request.head.lane is Lane.FIXED or late:
@@ -14636,6 +15526,57 @@ def _is_repeat(request: ClientRequest, services: Services) -> bool:
     return count not in ("0", "") or services.repeats.has(request.body, now)
 
 
+_Made = TypeVar("_Made")
+
+
+def in_worker(
+    services: Services,
+    job: Callable[[], _Made],
+    then: Callable[[_Made | Exception], None],
+) -> None:
+    """Have a worker do `job`; `then` is told in the relay's thread how it went."""
+
+    def work() -> None:
+        result: _Made | Exception
+        try:
+            result = job()
+        except (ProxyError, ValueError) as error:
+            result = error
+        except Exception as error:  # noqa: BLE001 - a bug of ours costs one request
+            services.log.fault("a fault of the proxy")
+            result = error
+        services.relay.tell(partial(then, result))
+
+    try:
+        services.work(work)
+    except RuntimeError as error:  # no thread can be had
+        then(UpstreamError(Phase.CONNECT, str(error), local=True))
+
+
+def make_call(
+    request: ClientRequest, lease: Lease, turn: ZedTurn | None, zed: Threads | None
+) -> Call:
+    """Return a request in the dialect of an endpoint, which is not ours.
+
+    `turn` is its place at Zed's service where that is known.  In a worker: it takes
+    15 ms for 400 KB.  Raises RefusedError (400), UpstreamError.
+    """
+    endpoint, body = lease.endpoint, request.body
+    if endpoint.dialect == ZED:
+        body = without_unsigned(body)  # Claude reads it in the end
+    document, estimated = read_request(body)
+    if endpoint.dialect == OPENAI:
+        call = openai_request(document, endpoint.openai, lease.model)
+        return OpenAIExchange(call, request.id, estimated)
+    key = lease.ask.conversation or session_key(request.head.values)
+    key = key or conversation_key(request.body, top_level(request.body))
+    wish = Wish(key, document, estimated, lease.mode)
+    if zed is None:
+        raise UpstreamError(Phase.CONNECT, f"{endpoint.name} has been removed")
+    planned = turn or zed.plan(endpoint, wish)
+    return ZedExchange(wish, endpoint.zed, planned, lease.model)
+
+
 class ErrorAnswer(NamedTuple):
     """An error answer that is kept for the client, with its connection."""
 
@@ -14660,13 +15601,16 @@ def refusal_after(
     """
     if error is not None and error.phase in (Phase.WAIT, Phase.GATE):
         return refusal_for(error, tried)  # it may have been served
+    enabled = services.config.enabled
+    if ask.lane is Lane.FIXED and enabled and fixed_endpoint(enabled) is None:
+        text = 'this path needs an endpoint of "dialect": "anthropic": none is enabled'
+        return RefusedError(404, text, close=False)
     if kept is None or kept.answer.status == 429:
         exhaustion = services.pool.exhaustion(ask)
         stated_s = math.inf if kept is None else kept.stated_s or math.inf
         sooner = exhaustion.reset_s is not None and exhaustion.reset_s + 1.0 < stated_s
         if sooner or not tried:
             served = served_models(services.config)
-            enabled = services.config.enabled
             return refusal_for_exhaustion(ask.model, exhaustion, served, enabled)
     if kept is None and error is not None:
         return refusal_for(error, tried)
@@ -14677,7 +15621,7 @@ def may_estimate(refusal: RefusedError | None, kept: ErrorAnswer | None) -> bool
     """Tell whether tokens may be counted here: nobody answered, or nobody can count."""
     if refusal is not None:
         return refusal.status in (408, 429, 502, 503)
-    return kept is None or kept.answer.status in (404, 405, 501)
+    return kept is None or kept.answer.status in UNCOUNTED
 
 
 class Aside:
@@ -14734,17 +15678,27 @@ def _with_body(
     return answer._replace(kind=BodyKind.LENGTH, length=len(body), kept=kept)
 
 
-def is_gated(answer: AnswerHead, lane: Lane) -> bool:
-    """Tell whether an answer is an event stream whose start can be looked at."""
+def gate_for(answer: AnswerHead, lane: Lane) -> SseGate | None:
+    """Return what looks at an event stream's start; None: it is none, or unreadable."""
     events = answer.content_type.startswith(b"text/event-stream")
     plain = answer.status < 300 and not answer.encoded
-    return events and plain and lane is Lane.MESSAGES
+    if not (events and plain and lane is Lane.MESSAGES):
+        return None
+    return SseGate() if answer.translate is None else TranslatedGate(answer.translate())
 
 
 def hold_for(
-    answer: AnswerHead, head: RequestHead, config: Config, gate: SseGate | None
+    answer: AnswerHead,
+    head: RequestHead,
+    config: Config,
+    gate: SseGate | None,
+    *,
+    converts: bool,
 ) -> Hold | None:
-    """Return how much of an answer must be seen before it goes on, if any."""
+    """Return how much of an answer must be seen before it goes on, if any.
+
+    `converts` says that another one is made of the whole of it.
+    """
     settings = config.failover
     seen: Callable[[bytes], bool] = _never
     if gate is not None and settings.gate_s > 0:
@@ -14755,6 +15709,8 @@ def hold_for(
             return None
     elif head.lane is not Lane.FIXED and answer.status >= 300:
         most, within_s = ERROR_BYTES, settings.gate_s or SWEEP_S
+    elif converts:
+        most, within_s = ANSWER_BYTES, config.timeouts.first_byte_s
     else:
         return None
     if answer.kind is BodyKind.NONE or answer.encoded:
@@ -14777,17 +15733,104 @@ def point_at_us(
     return _with_body(upstream, answer, edited)
 
 
+def restated(
+    upstream: UpstreamConnection,
+    answer: AnswerHead,
+    body: bytes,
+    kind: bytes = b"application/json",
+    *,
+    whole: bool = True,
+) -> AnswerHead:
+    """Put what an answer means in its place; `whole`: all of it has come."""
+    kept = without_fields(answer.kept, BODY_FIELDS)
+    kept += b"content-type: %b\r\n" % kind
+    plain = answer._replace(
+        kept=kept,
+        content_type=kind,
+        encoded=False,
+        keep_alive=answer.keep_alive and whole,
+        translate=None,
+    )
+    return _with_body(upstream, plain, body)
+
+
 def honest_answer(
     upstream: UpstreamConnection, answer: AnswerHead, error: bytes
 ) -> AnswerHead:
     """Turn a stream that begins with an error event into the error it stands for."""
     kind, _, _ = error_of(error)
-    kept = without_fields(answer.kept, _BODY_FIELDS)
-    kept += b"content-type: application/json\r\n"
-    plain = answer._replace(
-        status=event_status(kind), reason=b"", keep_alive=False, kept=kept
-    )
-    return _with_body(upstream, plain, error)
+    kept = with_wait(answer.kept, wait_of(object_in(error)))
+    plain = answer._replace(status=event_status(kind), reason=b"", kept=kept)
+    return restated(upstream, plain, error, whole=False)
+
+
+class TranslatedGate(SseGate):
+    """The same, for a stream of another dialect."""
+
+    __slots__ = ("_translator",)
+
+    def __init__(self, translator: Translator) -> None:
+        super().__init__()
+        self._translator = translator
+
+    def feed(self, payload: bytes) -> bool:
+        """See SseGate."""
+        return super().feed(self._translator.feed(payload))
+
+    def has_content(self) -> bool:
+        """See SseGate."""
+        super().feed(self._translator.close())
+        return self.content
+
+
+class Told(Said):
+    """What a message tells of itself that its client gets in another form."""
+
+    def __init__(self, message: Mapping[str, Any]) -> None:
+        self._usage, self._model = message.get("usage"), message.get("model")
+
+    def usage(self) -> Usage | None:
+        """See Said."""
+        said = UsageReader()
+        said.take(self._usage)
+        return said.usage()
+
+    def model(self) -> str:
+        """See Said."""
+        return name_in(self._model)
+
+    def shrink(self) -> None:
+        """See Said."""
+
+
+class Converted(NamedTuple):
+    """What a whole answer has become for its client."""
+
+    body: bytes
+    #: Content type.
+    kind: bytes
+    #: The body is the error document that came in place of a message.
+    failed: bool = False
+    #: None: the body tells it.
+    said: Said | None = None
+
+
+def make_answer(
+    answer: AnswerHead, body: bytes, call: Call | None, face: Face | None
+) -> Converted:
+    """Return what a whole answer becomes; raises ValueError where it is no message."""
+    read = own_message if call is None else call.message
+    message, failed = read(answer, body)
+    content = message.get("content", [])
+    good = isinstance(content, list) and all(isinstance(b, dict) for b in content)
+    if not good or not all(isinstance(b.get("type"), str) for b in content):
+        raise ValueError("its content is none")
+    if failed:
+        return Converted(packed(message), b"application/json", failed=True)
+    if face.streams if face is not None else call is not None and call.stream:
+        return Converted(events_of(message), b"text/event-stream")
+    document = message if face is None else face.message(message)
+    return Converted(packed(document), b"application/json", said=Told(message))
 
 
 def inviting(answer: AnswerHead, *, again: bool) -> AnswerHead:
@@ -14798,18 +15841,25 @@ def inviting(answer: AnswerHead, *, again: bool) -> AnswerHead:
     return answer._replace(kept=answer.kept + field)
 
 
-def page_error(endpoint: Endpoint) -> UpstreamError:
-    """Return what it means that a web page came in place of a message."""
+def page_error(endpoint: Endpoint, *, page: bool = True) -> UpstreamError:
+    """Return what it means that a web page, or nonsense, came in place of a message."""
     text = (
         f"{endpoint.name} answered with a web page, not a message: is its baseURL"
         " right, or is a login page of the network in between?"
     )
+    if not page:
+        text = (
+            f"{endpoint.name} answered with something that is no message: are its"
+            " baseURL and dialect right?"
+        )
     return UpstreamError(Phase.WAIT, text, page=True)
 
 
-def cut_error(endpoint: Endpoint) -> UpstreamError:
-    """Return what it means that a stream ended before its first content."""
+def cut_error(endpoint: Endpoint, held: Held = Held.CUT) -> UpstreamError:
+    """Return what it means that an answer ended before its first content."""
     text = f"{endpoint.name} broke its answer off before the first content"
+    if held in (Held.FULL, Held.LATE):
+        text = f"{endpoint.name}: its answer cannot be awaited whole: {held.value}"
     return UpstreamError(Phase.GATE, text)
 
 
@@ -14818,10 +15868,12 @@ def evidence_of(
     body: bytes,
     model: str,
     settings: FailoverSettings,
-    *,
-    renewable: bool,
+    known: Sign = Sign.NONE,
 ) -> Evidence:
-    """Return the row of the table for an error answer, with what it states."""
+    """Return the row of the table for an error answer, with what it states.
+
+    `known` is what finding_of_answer wants to know.
+    """
     limits = limit_fields(answer.kept)
     epoch = time.time()  # noqa: TID251 - resets are stated in epoch seconds
     stated_s = stated_wait_s(answer.kept, epoch)
@@ -14832,7 +15884,7 @@ def evidence_of(
         stated=stated,
         limits=limits,
         model=model,
-        renewable=renewable,
+        known=known,
     )
     rule = judge(finding, settings)
     key = cooldown_key(rule, model, limits)
@@ -14910,7 +15962,7 @@ class Following(Sharer):
 
 
 # ============================================================================
-# 30. EXCHANGE
+# 42. EXCHANGE
 # ============================================================================
 #
 # One client request with its attempts and its answer: reserve, attempt, judge,
@@ -14958,7 +16010,10 @@ class _Ledger:
         self._commit: Commit | None = None
         self._first_byte_s: float | None = None
         self._body_start = b""  # tells the model, for the history
-        self._token: Secret | None = None  # an account's, that was sent last
+        self._token: Secret | None = None  # one that was lent, and sent last
+        self._call: Call | None = None  # this attempt's, in another dialect
+        self._said: Said | None = None  # of an answer that was converted whole
+        self._estimate_of: Estimated | bytes = b""  # see ExchangeRecord.estimated
         # With others who asked for the same
         self._leads: Share | None = None
         self._follows: tuple[Share, Following] | None = None
@@ -15103,6 +16158,8 @@ class _Ledger:
             conversation=self._ask.conversation or session_key(request.head.values),
             body_start=self._body_start,
             said=ending.said,
+            foreign=self._call is not None,
+            estimated=self._estimate_of,
         )
 
 
@@ -15117,7 +16174,8 @@ class _Waiting(_Ledger):
         """Serve the request; the relay goes on with the client when it is over."""
         self._services.pool.enter()
         balancing = self._services.config.balancing
-        if balancing.dedupe and self._lane is Lane.MESSAGES:
+        plain = self._request.face is None and self._lane is Lane.MESSAGES
+        if balancing.dedupe and plain:
             self._share_or_begin()
         else:
             self._begin()
@@ -15175,57 +16233,56 @@ class _Waiting(_Ledger):
     def _estimate(self, refusal: RefusedError | None) -> None:
         """Have a worker count the tokens; `refusal` is told where it can't."""
         self._watch_client()
-        services, body = self._services, self._request.body
-
-        def count() -> None:
-            try:
-                told: int | RefusedError = estimate_tokens(body)
-            except RefusedError as error:
-                told = refusal or error
-            except Exception:  # noqa: BLE001 - a bug of ours costs one request
-                services.log.fault(f"{self._request.id} a fault of the proxy")
-                told = refusal or RefusedError(500, "a fault of the proxy", close=False)
-            services.relay.tell(partial(self._estimated, told))
-
-        try:
-            services.work(count)
-        except RuntimeError as error:
-            self.broken(str(error))
+        job = partial(read_request, self._request.body)
+        in_worker(self._services, job, partial(self._estimated, refusal))
 
     @_guarded
-    def _estimated(self, told: int | RefusedError) -> None:
+    def _estimated(
+        self,
+        refusal: RefusedError | None,
+        read: tuple[dict[str, Any], Estimated] | Exception,
+    ) -> None:
         """Give the client the estimate, or the reason why there is none."""
         services, request = self._services, self._request
         services.relay.leave(self)
         if self._over:
             return
-        if isinstance(told, RefusedError):
+        if isinstance(read, Exception):
+            own = read if isinstance(read, RefusedError) else None
+            told = refusal or own or RefusedError(500, str(read), close=False)
             self._end(Ending(told.status, Outcome.UPSTREAM_ERROR, told.message))
             services.refuse(self._client, request, told)
             return
+        estimated = read[1]
         self._end(Ending(200, Outcome.OK, "estimated here: nobody could be asked"))
-        line = b"x-claude-lb-estimate: 1\r\n"
-        request = request._replace(answer_fields=request.answer_fields + line)
-        services.answer(self._client, request, {"input_tokens": told})
+        calibration, model = services.calibration, estimated.model
+        known = calibration.factor(model) is not None
+        fields = b"x-claude-lb-estimate: 1\r\nx-claude-lb-calibrated-by: %d\r\n" % (
+            calibration.seen(model) if known else 0
+        )
+        request = request._replace(answer_fields=request.answer_fields + fields)
+        tokens = calibration.apply(*estimated)
+        services.answer(self._client, request, {"input_tokens": tokens})
 
     def _may_renew(self) -> bool:
         """Tell whether the attempt's credential can be exchanged for a fresh one."""
         tried, renewed = self._course.tried[-1], self._course.renewed
-        return tried.auth_type is AuthType.OAUTH and tried.name not in renewed
+        return tried.auth_type in LENT_TYPES and tried.name not in renewed
 
     def _renew(self, lease: Lease) -> None:
         """Have the account's token exchanged, and watch the client meanwhile."""
-        services, account = self._services, lease.endpoint.account
-        self._course.renewed += (lease.endpoint.name,)
+        services, endpoint = self._services, lease.endpoint
+        self._course.renewed += (endpoint.name,)
         self._watch_client()
 
         def then(fresh: Secret | None, why: str) -> None:
             services.relay.tell(partial(self._renewed, lease, fresh is not None, why))
 
-        if services.logins is None:
+        lender = services.lender_for(endpoint)
+        if lender is None:
             then(None, "no account can log in here")
             return
-        services.logins.renew(account, self._token, then)
+        lender.renew(endpoint.account or endpoint.name, self._token, then)
         services.relay.after(RENEW_PATIENCE_S, partial(self._renew_late, lease))
 
     @_guarded
@@ -15257,8 +16314,8 @@ class _Waiting(_Ledger):
             self._try(elsewhere)
 
 
-class Exchange(_Waiting):
-    """One client request, in the relay's thread but for `_connect`."""
+class _Trying(_Waiting):
+    """The attempts of an exchange, and what follows those that fail."""
 
     def _begin(self) -> None:
         """Begin the first attempt."""
@@ -15276,13 +16333,55 @@ class Exchange(_Waiting):
         else:
             self._try(lease)
 
-    # -- attempts ------------------------------------------------------------
+    def _begin_answer(self, upstream: UpstreamConnection, answer: AnswerHead) -> None:
+        """Commit: from here on nothing is tried again."""
+        raise NotImplementedError
+
+    def answered(self, upstream: UpstreamConnection, answer: AnswerHead) -> Hold | None:
+        """See Caller."""
+        raise NotImplementedError
+
+    def gathered(
+        self, upstream: UpstreamConnection, answer: AnswerHead, body: bytes, held: Held
+    ) -> None:
+        """See Caller."""
+        raise NotImplementedError
 
     def _try(self, lease: Lease, *, fresh: bool = False) -> None:
-        """Begin an attempt: on an idle connection, or on one that a worker makes."""
-        services, endpoint = self._services, lease.endpoint
-        self._lease = lease
-        self._course.begin(endpoint, fresh=fresh)
+        """Begin an attempt, once the request is in the endpoint's dialect."""
+        self._lease, self._call = lease, None
+        self._course.begin(lease.endpoint, fresh=fresh)
+        if lease.endpoint.dialect == ANTHROPIC:
+            self._set_out(lease.endpoint, fresh=fresh)
+        else:
+            self._translate(lease, fresh=fresh)
+
+    def _translate(self, lease: Lease, *, fresh: bool) -> None:
+        """Have a worker put the request in the endpoint's dialect."""
+        course = self._course
+        request = self._request._replace(body=course.body or self._request.body)
+        self._watch_client()
+        job = partial(make_call, request, lease, course.turn, self._services.zed)
+        in_worker(self._services, job, partial(self._translated, lease, fresh))
+
+    @_guarded
+    def _translated(self, lease: Lease, fresh: bool, call: Call | Exception) -> None:
+        self._services.relay.leave(self)
+        if self._over or self._lease is not lease:
+            return
+        if isinstance(call, RefusedError):
+            self.failed(UntranslatableError(call))
+        elif isinstance(call, UpstreamError):
+            self.failed(call)
+        elif isinstance(call, Exception):
+            self.broken("a fault of the proxy")
+        else:
+            self._call = call
+            self._set_out(lease.endpoint, fresh=fresh)
+
+    def _set_out(self, endpoint: Endpoint, *, fresh: bool) -> None:
+        """Send on an idle connection, or on one that a worker makes."""
+        services = self._services
         upstream = None if fresh else services.upstreams.take(endpoint)
         if upstream is not None:
             self._send(upstream)
@@ -15317,18 +16416,31 @@ class Exchange(_Waiting):
         if self._over or self._lease is None:
             services.relay.close(upstream)
             return
-        body, model = request.body, self._lease.model
-        if model is not None:
-            body, self._course.model = self._contents.with_model(model), model
-        endpoint, logins = upstream.endpoint, services.logins
-        if endpoint.account and logins is not None:
-            self._token = logins.token(endpoint.account)
-        head = head_to_send(request, endpoint, services.via, len(body), self._token)
+        endpoint, call = upstream.endpoint, self._call
+        self._course.model = self._lease.model
+        body = self._body() if call is None else call.body
+        if endpoint.auth_type in LENT_TYPES:
+            lender = services.lender_for(endpoint)
+            if lender is not None:
+                self._token = lender.token(endpoint.account or endpoint.name)
+        fields = () if call is None else call.fields
+        head = head_to_send(
+            request, endpoint, services.via, len(body), self._token, fields
+        )
         self._attempt = Attempt(services.relay, self._client, upstream, self)
         within_s = services.config.timeouts.first_byte_s
         self._attempt.begin(request.head.method, head, body, within_s)
 
-    # -- what follows an attempt ---------------------------------------------
+    def _body(self) -> bytes | bytearray:
+        """Return what an endpoint of our own dialect is sent."""
+        body, model = self._request.body, self._course.model
+        if self._course.body is not None:
+            body = self._course.body
+            return body if model is None else with_model(body, top_level(body), model)
+        if model is not None:
+            body = self._contents.with_model(model)
+        marked = self._services.pool.mixed or self._request.face is not None
+        return without_unsigned(body) if marked else body
 
     @_guarded
     def failed(self, error: UpstreamError) -> None:
@@ -15360,7 +16472,7 @@ class Exchange(_Waiting):
         following: Lease | None = None
         if step is Verdict.ANOTHER:
             following = services.pool.reserve(self._ask, course.tried)
-        elif step is Verdict.FRESH and lease is not None:
+        elif step in (Verdict.FRESH, Verdict.REWORD) and lease is not None:
             following = services.pool.again(lease)
         goes_on = following is not None or step is Verdict.RETRY
         if following is not None and counts and not services.pool.may_repeat():
@@ -15426,7 +16538,9 @@ class Exchange(_Waiting):
         self._end(Ending(refusal.status, ended, why))
         services.refuse(self._client, self._course.marked(self._request), refusal)
 
-    # -- the answer ----------------------------------------------------------
+
+class Exchange(_Trying):
+    """One client request, in the relay's thread but for `_connect`."""
 
     @_guarded
     def answered(self, upstream: UpstreamConnection, answer: AnswerHead) -> Hold | None:
@@ -15434,16 +16548,29 @@ class Exchange(_Waiting):
         if self._lane is Lane.FIXED and answer.status == 401 and self._may_renew():
             self._judge_answer(upstream, answer, b"", whole=False)
             return None
-        self._gate = SseGate() if is_gated(answer, self._lane) else None
-        hold = hold_for(answer, self._request.head, self._services.config, self._gate)
+        call, face = self._call, self._request.face
+        if call is not None:
+            answer = call.understood(answer)
+        whole = call is not None and answer.translate is None
+        if whole or (face is not None and not face.streams):
+            self._gate = None
+        else:
+            self._gate = gate_for(answer, self._lane)
+        head, config = self._request.head, self._services.config
+        page = answer.content_type.startswith(b"text/html")
+        other = call is not None or face is not None
+        converts = other and self._gate is None and not page
+        hold = hold_for(answer, head, config, self._gate, converts=converts)
         balanced = self._lane is not Lane.FIXED
         if hold is not None:
             return hold
-        if balanced and answer.status >= 300:
-            self._judge_answer(upstream, answer, b"", whole=False)
-        elif balanced and answer.content_type.startswith(b"text/html"):
+        bare = other and answer.status < 400 and answer.kind is BodyKind.NONE
+        if balanced and answer.status >= 300 and not bare:
+            answer, told = self._failure(answer, b"")
+            self._judge_answer(upstream, answer, told, whole=False)
+        elif balanced and (page or converts or bare):
             self._services.relay.close(upstream)
-            self.failed(page_error(upstream.endpoint))
+            self.failed(page_error(upstream.endpoint, page=page))
         else:
             self._begin_answer(upstream, answer)
         return None
@@ -15454,20 +16581,65 @@ class Exchange(_Waiting):
     ) -> None:
         """Go on with an answer of which enough has been seen; see Caller."""
         gate = self._gate
+        if self._call is not None:
+            answer = self._call.understood(answer)
         if self._lane is Lane.FIXED:
             if held is Held.WHOLE:
                 host = self._request.head.host.encode("latin-1")
                 answer = point_at_us(upstream, answer, body, host)
             self._begin_answer(upstream, answer)
         elif answer.status >= 300:
-            self._judge_answer(upstream, answer, body, whole=held is Held.WHOLE)
-        elif gate is not None and gate.error:
+            answer, told = self._failure(answer, body)
+            self._judge_answer(upstream, answer, told, whole=held is Held.WHOLE)
+        elif gate is None:
+            self._convert(upstream, answer, body, held)
+        elif gate.error:
             answer = honest_answer(upstream, answer, gate.error)
             self._judge_answer(upstream, answer, gate.error, whole=False)
-        elif held in (Held.WHOLE, Held.CUT) and not (gate and gate.content):
+        elif held in (Held.WHOLE, Held.CUT) and not gate.has_content():
             self._services.relay.close(upstream)
             self.failed(cut_error(upstream.endpoint))
         else:
+            self._begin_answer(upstream, answer)
+
+    def _convert(
+        self, upstream: UpstreamConnection, answer: AnswerHead, body: bytes, held: Held
+    ) -> None:
+        """Have a worker make the client's answer of a whole one."""
+        services, face, call = self._services, self._request.face, self._call
+        services.relay.release(upstream)
+        if held is not Held.WHOLE:
+            services.relay.close(upstream)
+            self.failed(cut_error(upstream.endpoint, held))
+            return
+        self._watch_client()
+        job = partial(make_answer, answer, body, call, face)
+        in_worker(services, job, partial(self._converted, upstream, answer))
+
+    @_guarded
+    def _converted(
+        self,
+        upstream: UpstreamConnection,
+        answer: AnswerHead,
+        made: Converted | Exception,
+    ) -> None:
+        """Begin the client's answer, unless it was no message."""
+        relay = self._services.relay
+        relay.leave(self)
+        if self._over or isinstance(made, Exception):
+            relay.close(upstream)
+        if self._over:
+            return
+        if isinstance(made, ValueError):
+            self.failed(page_error(upstream.endpoint, page=False))
+        elif isinstance(made, Exception):
+            self.broken("a fault of the proxy")
+        elif made.failed:
+            answer = honest_answer(upstream, answer, made.body)
+            self._judge_answer(upstream, answer, made.body, whole=False)
+        else:
+            self._said = made.said
+            answer = restated(upstream, answer, made.body, made.kind)
             self._begin_answer(upstream, answer)
 
     def _judge_answer(
@@ -15484,9 +16656,15 @@ class Exchange(_Waiting):
         if not model and answer.status in MODEL_STATUSES:
             model = self._contents.model()
             self._ask = self._ask._replace(model=model or None)
-        renewable = self._may_renew()
-        evidence = evidence_of(answer, body, model, settings, renewable=renewable)
+        if self._call is not None or self._request.face is not None:
+            answer = restated(upstream, answer, body, whole=whole)
+        known = self._known_sign(upstream.endpoint, answer.status, body)
+        evidence = evidence_of(answer, body, model, settings, known)
         rule = evidence.rule
+        if self._lane is Lane.COUNT and rule is OWN_RULE and answer.status in UNCOUNTED:
+            if self._lease is not None:
+                self._services.pool.counts_no_tokens(self._lease)
+            rule = rule._replace(verdict=Verdict.ANOTHER)
         if not upstream.whole and len(self._request.body) > EARLY_BYTES:
             rule = rule._replace(verdict=Verdict.RELAY)  # not all that again
         if rule.verdict is Verdict.AMBIGUOUS:
@@ -15494,6 +16672,26 @@ class Exchange(_Waiting):
         self._course.note(self._lease, answer.status, rule.name, time.monotonic())
         self._aside.put(ErrorAnswer(upstream, answer, evidence.stated_s, whole))
         self._go_on(rule, evidence, None)
+
+    def _failure(self, answer: AnswerHead, body: bytes) -> tuple[AnswerHead, bytes]:
+        """Return an error in our own dialect."""
+        call = self._call
+        return (answer, body) if call is None else call.failure(answer, body)
+
+    def _known_sign(self, endpoint: Endpoint, status: int, body: bytes) -> Sign:
+        """Tell whether the request can be put otherwise, or its token renewed."""
+        call, course, zed = self._call, self._course, self._services.zed
+        place = None if call is None else call.place
+        if place is not None and zed is not None:
+            course.turn = zed.again(endpoint, place, error_of(body)[2])
+            if course.turn is not None:
+                return Sign.THREAD
+        elif call is None and course.body is None and is_signature_error(status, body):
+            sent = without_unsigned(self._request.body)
+            course.body = without_foreign(sent, error_of(body)[1])
+            if course.body is not None:
+                return Sign.SIGNATURE
+        return Sign.ACCOUNT if self._may_renew() else Sign.NONE
 
     def _begin_answer(self, upstream: UpstreamConnection, answer: AnswerHead) -> None:
         """Commit: from here on nothing is tried again."""
@@ -15510,8 +16708,13 @@ class Exchange(_Waiting):
             limits = answer.kept if b"anthropic-ratelimit-" in answer.kept else b""
             ms = (now - lease.since) * 1000
             self._report(services.pool.gain(lease, ms, limits))
+            if self._call is not None or not services.pool.counting:
+                self._compare()
         self._let_body_go()
         request = self._request
+        if request.face is not None and answer.status >= 300:
+            told = request.face.error(answer.status, upstream.buffer)
+            answer = restated(upstream, answer, told, whole=answer.keep_alive)
         if course.trail:
             request = course.marked(request)
         self._commit = Commit(
@@ -15519,10 +16722,30 @@ class Exchange(_Waiting):
         )
         self._commit.begin(self._answered_whole)
 
+    def _compare(self) -> None:
+        """Have the request's estimate compared with what the answer counts.
+
+        Only where estimates are all that there is, and often only at first.
+        """
+        services, call, body = self._services, self._call, self._request.body
+        if self._lane is not Lane.MESSAGES or services.keeper is None:
+            return
+        if call is not None:
+            self._estimate_of = call.estimated
+        elif len(body) <= LARGE_BYTES and services.calibration.wants(first_model(body)):
+            self._estimate_of = bytes(body)
+
     def _answered_whole(self, ending: Ending) -> None:
         """Take note that the answer is over, well or not."""
         status, outcome = ending.status, ending.outcome
         good = outcome is Outcome.OK and status < 400
+        if self._said is not None and ending.said is not None:
+            ending = ending._replace(said=self._said)
+        place = None if self._call is None else self._call.place
+        zed = self._services.zed
+        if good and place is not None and zed is not None:
+            usage = None if ending.said is None else ending.said.usage()
+            zed.learn(self._course.tried[-1], place, usage)
         self._settle(None if good else evidence_after(ending))
         if outcome is Outcome.OK and (status >= 500 or status in _FAILING):
             ending = ending._replace(outcome=Outcome.UPSTREAM_ERROR)
@@ -15532,7 +16755,7 @@ class Exchange(_Waiting):
 
 
 # ============================================================================
-# 31. RECEPTION
+# 43. RECEPTION
 # ============================================================================
 #
 # From a client's bytes to an exchange, in the relay's thread; and what we answer
@@ -15632,12 +16855,13 @@ def error_answer(
 ) -> bytes:
     """Return the answer that tells the client why it is refused."""
     extra = "".join(f"{name}: {value}\r\n" for name, value in refusal.fields)
+    document = error_document(refusal.status, refusal.message, request_id)
+    document.update(refusal.facts)
+    if head is not None and head.path == CHAT_PATH:
+        document = object_in(chat_error(refusal.status, packed(document)))
     return own_answer(
         refusal.status,
-        {
-            **error_document(refusal.status, refusal.message, request_id),
-            **refusal.facts,
-        },
+        document,
         request_id=request_id,
         head=head,
         fields=fields + refusal.lines + extra.encode("latin-1", "replace"),
@@ -15669,6 +16893,22 @@ def busy_answer(message: str) -> bytes:
     """Return the answer to a client that gets neither a place nor a worker."""
     fields = (("Retry-After", str(RETRY_AFTER_S)),)
     return error_answer(RefusedError(503, message, fields=fields), request_id="lb_busy")
+
+
+def head_of_message(head: RequestHead) -> RequestHead:
+    """Return the head of the message that an OpenAI client's request becomes.
+
+    Its path stays, for the log.
+    """
+    named = b"content-type"
+    return dataclasses.replace(
+        head,
+        target=MESSAGES_PATH,
+        lines=tuple(x for x in head.lines if x[0] != named),
+        values={n: v for n, v in head.values.items() if n != named},
+        lane=Lane.MESSAGES,
+        memo=False,
+    )
 
 
 class Upload:
@@ -15808,6 +17048,8 @@ class Reception:
         head, length = parse_request_head(buffer[:start])
         if head.chunked or head.method == "OPTIONS" or not under_v1(head.path):
             return None
+        if head.lane is Lane.FIXED and asks_models(head):
+            return None  # we tell of them ourselves
         admission = self._access.admit(head)
         client.buffer = buffer[start:]
         request = ClientRequest(
@@ -15830,7 +17072,7 @@ class Reception:
             self._received(request, client, None, RefusedError(413, text))
         elif len(buffer) >= length:
             body, client.buffer = buffer[:length], buffer[length:]
-            Exchange(self._services, client, request._replace(body=body)).start()
+            self.begin(client, request._replace(body=body))
         else:
             if request.head.expects and not buffer:
                 with contextlib.suppress(ClientGoneError):  # the upload sees it too
@@ -15849,11 +17091,57 @@ class Reception:
     ) -> None:
         """Go on with a request whose body is here, or will not come."""
         if upload is not None and error is None:
-            request = request._replace(body=upload.body)
-            Exchange(self._services, client, request, upload.held).start()
+            self.begin(client, request._replace(body=upload.body), upload.held)
             return
-        if upload is not None:
-            self._services.budget.give(upload.held)
+        self._drop(request, client, error, 0 if upload is None else upload.held)
+
+    def begin(
+        self, client: ClientConnection, request: ClientRequest, held: int = 0
+    ) -> None:
+        """Begin the exchange of a request that is here whole.
+
+        `held` are the bytes of its body that count against the budget.
+        """
+        if request.head.lane is not Lane.CHAT:
+            Exchange(self._services, client, request, held).start()
+            return
+        self._services.relay.release(client)
+        try:
+            self._services.work(partial(self._begin_chat, client, request, held))
+        except RuntimeError as error:
+            self._drop(request, client, RefusedError(503, str(error)), held)
+
+    def _begin_chat(
+        self, client: ClientConnection, request: ClientRequest, held: int
+    ) -> None:
+        """Make a message of an OpenAI client's request, in a worker."""
+        services, step = self._services, Exchange.start
+        epoch = time.time()  # noqa: TID251 - answers are dated
+        task: Callable[[], object]
+        try:
+            call = chat_request(bytes(request.body))
+            head = head_of_message(request.head)
+            face = ChatFace(call, int(epoch))
+            request = request._replace(head=head, body=call.body, face=face)
+            task = partial(step, Exchange(services, client, request, held))
+        except RefusedError as error:
+            task = partial(self._drop, request, client, error, held)
+        except Exception:  # noqa: BLE001 - a bug of ours costs one request
+            services.log.fault(f"{request.id} a fault of the proxy")
+            fault = RefusedError(500, "a fault of the proxy; its log tells more")
+            task = partial(self._drop, request, client, fault, held)
+        if not services.relay.tell(task):
+            client.close()
+
+    def _drop(
+        self,
+        request: ClientRequest,
+        client: ClientConnection,
+        error: Exception | None,
+        held: int,
+    ) -> None:
+        """Answer a request that does not become an exchange, or let its client go."""
+        self._services.budget.give(held)
         record = bare_record(request.id, request.head, request.since)
         if isinstance(error, RefusedError):
             record = record._replace(status=error.status, reason=error.message)
@@ -15901,7 +17189,7 @@ class Reception:
 
 
 # ============================================================================
-# 32. REPORTS (pure)
+# 44. REPORTS (pure)
 # ============================================================================
 #
 # Snapshots as the JSON documents of /health, /status and /providers.  Their shapes
@@ -16084,7 +17372,7 @@ def providers_document(
         word = "healthy" if serving else "unhealthy"
         listed.append(
             {
-                "type": "anthropic",
+                "type": endpoint.dialect,
                 "base_url": endpoint.base_url,
                 "enabled": endpoint.enabled,
                 "healthy": serving,
@@ -16107,7 +17395,7 @@ def providers_document(
 
 
 # ============================================================================
-# 33. STATISTICS (pure)
+# 45. STATISTICS (pure)
 # ============================================================================
 #
 # What the history says, as the documents of /api/stats, /api/analytics and
@@ -16540,7 +17828,7 @@ def _window_document(
 
 
 # ============================================================================
-# 34. RELOAD
+# 46. RELOAD
 # ============================================================================
 #
 # Rule: a file is read and checked whole before anything of it counts; one at fault
@@ -16647,7 +17935,7 @@ class Reloader:
 
 
 # ============================================================================
-# 35. SERVER
+# 47. SERVER
 # ============================================================================
 #
 # http.server gives the socket, the names and the frame of a handler; the reading of
@@ -16805,6 +18093,46 @@ class Views:
             "port": self._server.port,
             "sessionDurationMs": int(WINDOW_S * 1000),
         }
+
+    def passes_models(self, head: RequestHead) -> bool:
+        """Tell whether one endpoint's own answer is the whole truth: its bytes pass."""
+        config = self._server.config
+        alone = len(config.enabled) == 1 and not config.routes
+        native = alone and config.enabled[0].dialect == ANTHROPIC
+        open_to_all = native and not config.enabled[0].models
+        return open_to_all and wants_anthropic(head.values)
+
+    def models(
+        self, head: RequestHead, credentials: Sequence[bytes]
+    ) -> tuple[int, object]:
+        """Return the models that can be asked for here, or one of them.
+
+        `credentials` are the lines of the client's own, without keys of ours.
+        """
+        config, values = self._server.config, head.values
+        lines = [x.partition(b":") for x in credentials]
+        sent = {n.decode(): value.strip().decode("latin-1") for n, _, value in lines}
+        listed = self._server.catalogue.of(config.enabled, sent)
+        models = merged_models(
+            [(e.name, models) for e, models in zip(config.enabled, listed)],
+            [r.pattern for r in config.routes],
+            lambda model: bool(targets_for(config, model)),
+        )
+        native, wanted = wants_anthropic(values), head.path[len(MODELS_PATH) + 1 :]
+        if not wanted:
+            query = head.target.partition("?")[2]
+            return 200, models_page(models, query) if native else openai_models(models)
+        name = urllib.parse.unquote(wanted)
+        found = model_named(models, name)
+        return 200, found if native else openai_model(found)
+
+    def zed_threads(self, _: Mapping[str, str]) -> tuple[int, object]:
+        """Return the threads of each endpoint at Zed's service."""
+        return 200, {"endpoints": self._server.zed.report(costs=False)}
+
+    def zed_costs(self, _: Mapping[str, str]) -> tuple[int, object]:
+        """Return what the answers of Zed's service may have cost."""
+        return 200, {"endpoints": self._server.zed.report(costs=True)}
 
     def strategy(self, _: Mapping[str, str]) -> tuple[int, object]:
         """Return the strategy, and which there are."""
@@ -16989,6 +18317,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         "/api/analytics": "analytics",
         "/api/config": "settings",
         "/api/config/strategy": "strategy",
+        "/zed/threads/status": "zed_threads",
+        "/zed/cost-analysis": "zed_costs",
     }
     #: (method, pattern of a path, method of Control)
     CHANGES: Sequence[tuple[str, str, str]] = (
@@ -17054,6 +18384,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if head.method == "OPTIONS":
             self._answer_options(head, has_body=has_body)
             return
+        views = Views(self.server)
+        if asks_models(head) and not views.passes_models(head):
+            told = views.models(head, self.admission.credentials)
+            self._answer(*told, has_body=has_body)
+            return
         if under_v1(head.path):
             self._forward(head, length)
             return
@@ -17076,7 +18411,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer = getattr(self, route)()
         else:
             self.server.access.check_reader(head)
-            answer = getattr(Views(self.server), str(view))(query_of(head.target))
+            answer = getattr(views, str(view))(query_of(head.target))
         if answer is not None:  # else somebody else goes on with the client
             self._answer(*answer, has_body=has_body)
 
@@ -17128,10 +18463,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if head.expects and not client.buffer:
             client.send_all(CONTINUE)
         body = client.read_chunks(server.reception.max_body_bytes, self._hold)
-        request = request._replace(body=body)
-        exchange = Exchange(server.services, client, request, self._held)
+        request, held = request._replace(body=body), self._held
         self._held = 0
-        self._give_away(exchange.start)
+        self._give_away(partial(server.reception.begin, client, request, held))
 
     def _give_away(self, task: Callable[[], None]) -> None:
         self.given_away = True
@@ -17375,6 +18709,7 @@ class Takeover:
         server, services = self._server, self._server.services
         services.pool.configure(config)
         services.upstreams.configure(config, contexts)
+        server.zed.configure(config)
         server.config = config
         server.services = services._replace(config=config)
         server.access = server.make_access(config)
@@ -17479,22 +18814,30 @@ class Server(http.server.ThreadingHTTPServer):
         self.workers = Workers()
         self.relay = Relay(log, take_request=self._take, keep_house=self._keep_house)
         self.chronicle = Chronicle(self.relay, store)
+        self.calibration = Calibration()
         self.renewer: Renewer | None = None
         if book is not None:
             self.renewer = Renewer(book, log, self.workers.submit)
         self.ticker = Ticker(self)
+        self.zed = ZedService(config, self.workers.submit)
         self.services = self._make_services()
+        self.catalogue = Catalogue(self.workers.submit, self._lent_to)
+        serve, number = self._serve_in_worker, self.next_request_id
         self.reception = Reception(
-            self.services,
-            self.access,
-            next_id=self.next_request_id,
-            serve=self._serve_in_worker,
+            self.services, self.access, next_id=number, serve=serve
         )
+        if store is not None:
+            store.learn = self.calibration.learn
         if book is not None:
-            book.on_fresh = self.services.pool.forgive
-        for account in book.known() if book is not None else ():
+            self._recall(book)
+
+    def _recall(self, book: AccountBook) -> None:
+        """Let the pool know the accounts' windows, and when a token is fresh."""
+        pool = self.services.pool
+        book.on_fresh = pool.forgive
+        for account in book.known():
             left_s, used = window_of(account, _now())
-            self.services.pool.recall(account.name, left_s, used)
+            pool.recall(account.name, left_s, used)
 
     def _make_services(self) -> Services:
         return Services(
@@ -17511,9 +18854,21 @@ class Server(http.server.ThreadingHTTPServer):
             budget=self.budget,
             repeats=Repeats(),
             shares={},
+            calibration=self.calibration,
             keeper=None if self.store is None else self.chronicle,
             logins=self.renewer,
+            zed=self.zed,
         )
+
+    def _lent_to(self, endpoint: Endpoint) -> Secret | None:
+        """Return the token that an endpoint has now, if its kind has one."""
+        if endpoint.dialect == ZED:
+            with contextlib.suppress(UpstreamError):
+                return self.zed.first_token(endpoint.name)
+        lender = self.services.lender_for(endpoint)
+        if lender is None or endpoint.auth_type not in LENT_TYPES:
+            return None
+        return lender.token(endpoint.account or endpoint.name)
 
     def make_access(self, config: Config) -> Access:
         """Return who may ask what by `config`."""
@@ -17689,7 +19044,7 @@ def _turn_away(sock: socket.socket, message: str) -> None:
 
 
 # ============================================================================
-# 36. DEMO
+# 48. DEMO
 # ============================================================================
 #
 # Upstreams to try the proxy on, without a key or a network.  They answer what a
@@ -17939,7 +19294,7 @@ class DemoUpstream(http.server.ThreadingHTTPServer):
 
 
 # ============================================================================
-# 37. SELFTEST
+# 49. SELFTEST
 # ============================================================================
 #
 # The decision table, tried on the proxy as it serves, with upstreams that misbehave
@@ -18042,7 +19397,10 @@ def _early(kind: str, *, paid: bool = False) -> Fault:
 
 
 _START = b'event: message_start\ndata: {"type": "message_start"}\n\n'
-_TEXT = b'event: content_block_delta\ndata: {"delta": {"text": "hello"}}\n\n'
+_TEXT = (
+    b'event: content_block_delta\ndata: {"type": "content_block_delta", "index": 0,'
+    b' "delta": {"type": "text_delta", "text": "hello"}}\n\n'
+)
 _STOP = b'event: message_stop\ndata: {"type": "message_stop"}\n\n'
 _ERROR = b"event: error\ndata: %b\n\n" % _error("overloaded_error")
 _MESSAGE = b'{"type": "message", "content": [{"type": "text", "text": "hello"}]}'
@@ -18069,6 +19427,7 @@ FAULTS = (
     _CONNECT_FAILS("refuses connections")._replace(scheme="refused"),
     _CONNECT_FAILS("closes during TLS")._replace(scheme="https"),
     _SEND_FAILS("a kept one resets", End.RESET, Sign.STALE)._replace(kept=True),
+    _SEND_FAILS("cannot be translated", sign=Sign.DIALECT),
     _SEND_FAILS("closes"),
     _SEND_FAILS("resets", End.RESET),
     _SEND_FAILS("ends its own side first", End.HALF),
@@ -18083,6 +19442,11 @@ FAULTS = (
     _WAIT_FAILS("stays silent", End.STAY, Sign.SILENCE),
     _WAIT_FAILS("a web page", sign=Sign.PAGE)
     ._replace(paid=False, say=(_reply(200, b"<html>", kind="text/html"),)),
+    _status(404, "a thread is gone", Sign.THREAD, body=b'{"code": "thread_not_found"}')
+    ._replace(kept=True, shapes=(True,)),
+    _status(400, "foreign thinking", Sign.SIGNATURE,
+            body=_error("invalid_request_error", "messages.0.content.0: Invalid"
+                        " `signature` in `thinking` block"))._replace(kept=True),
     _status(429, "a model's week", Sign.MODEL_WINDOW, *_USED_UP,
             _CLAIM + "seven_day_opus"),
     _status(429, "the API's, per model", Sign.MODEL_WINDOW, _WAIT_FIELD,
@@ -18186,7 +19550,7 @@ def foreseen(cell: Cell) -> Result:
     cooling: list[tuple[_Cooldown, ...]] = [()] * _TRIED
     fine = cell.fault_of(_TRIED) if fault.finding else fault
     gets: _Gets = (200, fine.body, True, False)
-    again = (Verdict.FRESH, Verdict.RENEW)
+    again = (Verdict.FRESH, Verdict.RENEW, Verdict.REWORD)
     while fault.finding and index < cell.faulty and step not in again:
         used[index] += 1
         served += fault.paid
@@ -18214,9 +19578,10 @@ def _relayed(fault: Fault, finding: Finding, rule: Rule) -> _Gets:
     """Return what the client gets of a failure."""
     if finding.phase is Phase.RELAY:
         return 200, fault.body, finding.sign is Sign.EVENT, False
-    own = {Sign.SILENCE: 408, Sign.LOCAL: 503}.get(finding.sign, 502)
+    own = {Sign.SILENCE: 408, Sign.LOCAL: 503, Sign.DIALECT: 400}
     body = fault.body if finding.status else b""
-    return finding.status or own, body, True, rule.verdict is Verdict.AMBIGUOUS
+    status = finding.status or own.get(finding.sign, 502)
+    return status, body, True, rule.verdict is Verdict.AMBIGUOUS
 
 
 _REQUEST = re.compile(
@@ -18320,6 +19685,37 @@ class ScriptedLogins(Logins):
         then(_TOKEN, "")
 
 
+class ScriptedThreads(ScriptedLogins):
+    """Has another thread whenever one is asked for, but one token."""
+
+    def plan(self, endpoint: Endpoint, wish: Wish) -> ZedTurn:
+        """See Threads."""
+        return ZedTurn("thread-1", "prompt-1", "normal", "user_prompt")
+
+    def again(self, endpoint: Endpoint, place: Place, code: str) -> ZedTurn | None:
+        """See Threads."""
+        return place.turn._replace(thread_id="thread-2")
+
+    def learn(self, endpoint: Endpoint, place: Place, usage: Usage | None) -> None:
+        """See Threads."""
+
+
+# What an endpoint needs for a row that only some can try
+_SPECIAL: Mapping[Sign, Callable[[Endpoint], Endpoint]] = {
+    Sign.ACCOUNT: lambda e: dataclasses.replace(
+        e, auth_type=AuthType.OAUTH, account=e.name
+    ),
+    Sign.DIALECT: lambda e: dataclasses.replace(e, dialect=OPENAI, target=CHAT_TARGET),
+    Sign.THREAD: lambda e: dataclasses.replace(
+        e, dialect=ZED, target=ZED_TARGET, auth_type=AuthType.MINTED
+    ),
+}
+_ODD_MESSAGES: Mapping[Sign, Mapping[str, str]] = {
+    Sign.DIALECT: {"type": "unheard of"},
+    Sign.SIGNATURE: {"type": "thinking", "thinking": "so", "signature": ""},
+}
+
+
 def _configured(cell: Cell, number: int, upstream: ScriptedUpstream) -> Config:
     """Return the configuration of a cell's proxy."""
     endpoints, finding = [], cell.fault.finding
@@ -18329,11 +19725,11 @@ def _configured(cell: Cell, number: int, upstream: ScriptedUpstream) -> Config:
         sock = upstream.deaf if scheme == "refused" else upstream.socket
         name, url = f"e{index + 1}", f"127.0.0.1/{number}/{index}"
         host, _, prefix = url.partition("/")
-        port, secure, secret = int(sock.getsockname()[1]), scheme == "https", _TOKEN
-        login = sign is Sign.ACCOUNT
-        kind, account = (AuthType.OAUTH, name) if login else (AuthType.API_KEY, "")
-        endpoint = Endpoint(name, url, secure, host, port, f"/{prefix}", kind, secret)
-        endpoints.append(dataclasses.replace(endpoint, account=account))
+        port, secure, key = int(sock.getsockname()[1]), scheme == "https", _TOKEN
+        reached = (url, secure, host, port, f"/{prefix}")
+        endpoint = Endpoint(name, *reached, AuthType.API_KEY, key)
+        special = _SPECIAL.get(sign) if index < cell.faulty else None
+        endpoints.append(special(endpoint) if special is not None else endpoint)
     silence = sign is Sign.SILENCE
     return Config(
         tuple(endpoints),
@@ -18353,8 +19749,17 @@ def _await(is_so: Callable[[], bool], most_s: float) -> bool:
 
 def _ask(port: int, cell: Cell) -> bytes:
     """Return the proxy's whole answer; raises OSError."""
-    size = _BIG_BYTES if cell.fault.phase is Phase.SEND else 0
-    facts = {"model": _ASKED_MODEL, "stream": cell.stream, "system": "x" * size}
+    sign = cell.fault.finding.sign if cell.fault.finding else Sign.NONE
+    content: list[Mapping[str, str]] = [{"type": "text", "text": "hi"}]
+    if sign in _ODD_MESSAGES:
+        content.insert(0, _ODD_MESSAGES[sign])
+    big = cell.fault.phase is Phase.SEND and sign is not Sign.DIALECT
+    facts = {
+        "model": _ASKED_MODEL,
+        "stream": cell.stream,
+        "system": "x" * (_BIG_BYTES if big else 0),
+        "messages": [{"role": "user", "content": content}],
+    }
     body, raw = json.dumps(facts).encode(), bytearray()
     head = f"POST {cell.fault.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
     head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -18405,8 +19810,8 @@ class Trial:
         pool = Pool(config, clock=lambda: 0.0)  # so that cooldowns keep their length
         upstreams = ScriptedUpstreams(config, server.relay, self.cell)
         services = server.services._replace(pool=pool, upstreams=upstreams)
-        logins = ScriptedLogins()
-        server.services = services._replace(work=workers.submit, logins=logins)
+        lent: Mapping[str, Any] = {"logins": ScriptedLogins(), "zed": ScriptedThreads()}
+        server.services = services._replace(work=workers.submit, **lent)
         server.reception.configure(server.services, server.access)
         server.start()
         try:
@@ -18509,7 +19914,7 @@ def matrix_lines(trials: Sequence[Trial]) -> Iterator[str]:
 
 
 # ============================================================================
-# 38. CLI
+# 50. CLI
 # ============================================================================
 #
 # The only place that reads arguments, the environment and configuration files,
@@ -19159,10 +20564,14 @@ def describe(config: Config) -> str:
         passing = endpoint.auth_type is AuthType.PASSTHROUGH
         secret = "the client's own" if passing else "***"
         proxy = " through a proxy" if endpoint.proxy else ""
+        dialect = f" {endpoint.dialect}" if endpoint.dialect != ANTHROPIC else ""
         lines.append(
             f"endpoint {endpoint.name}: {endpoint.base_url} {endpoint.auth_type.value}"
-            f" {secret}{proxy}{state}{f' plan {endpoint.plan}' * bool(endpoint.plan)}"
+            f" {secret}{dialect}{proxy}{state}"
+            f"{f' plan {endpoint.plan}' * bool(endpoint.plan)}"
         )
+        if endpoint.dialect == ZED and endpoint.enabled:
+            lines += (f"  {endpoint.name}: {n}" for n in zed_notes(endpoint.zed))
     keys = len(server.client_keys)
     lines.append(f"client keys: {keys or 'none (this machine only)'}")
     if server.cors_origins:
@@ -19171,7 +20580,9 @@ def describe(config: Config) -> str:
     lines.append(f"balancing: {balancing.strategy}, affinity {balancing.affinity}")
     for route in config.routes:
         steps = ", ".join(
-            (s.endpoint or f"group {s.group}") + (f" as {s.model}" if s.model else "")
+            (s.endpoint or f"group {s.group}")
+            + (f" as {s.model}" if s.model else "")
+            + (f", mode {s.mode}" if s.mode else "")
             for s in route.steps
         )
         lines.append(f"route {route.pattern}: {steps}")

@@ -127,6 +127,12 @@ CRLF = b"\r\n"
 at_both_ends = pytest.mark.skipif(
     (3, 9) < sys.version_info[:2] < (3, 13), reason="tried on Python 3.9 and 3.13"
 )
+at_the_oldest = pytest.mark.skipif(
+    sys.version_info[:2] > (3, 9), reason="tried on Python 3.9"
+)
+at_the_newest = pytest.mark.skipif(
+    sys.version_info[:2] < (3, 13), reason="tried on Python 3.13"
+)
 
 
 class FakeTokenSource:
@@ -3323,11 +3329,16 @@ EXPECTED: dict[str, tuple[claude_lb.Finding, str, str, str]] = {
                     "long!"),
     "unreachable": (failed(Phase.CONNECT), "ANOTHER", "ENDPOINT", "1..60"),
     "stale-send": (failed(Phase.SEND, reused=True), "FRESH", "NONE", "0"),
+    "dialect": (claude_lb.finding_for(
+        claude_lb.UntranslatableError(claude_lb.RefusedError(400, "why")),
+        Lane.MESSAGES, "POST"), "ANOTHER", "NONE", "0"),
     "unsent": (failed(Phase.SEND), "ANOTHER", "ENDPOINT", "1..60"),
     "stale-wait": (failed(Phase.WAIT, Lane.COUNT, reused=True), "FRESH", "NONE", "0"),
     "silence": (failed(Phase.WAIT, timed_out=True), "AMBIGUOUS", "ENDPOINT", "short"),
     "page": (failed(Phase.WAIT, page=True), "ANOTHER", "ENDPOINT", "15..120"),
     "lost": (failed(Phase.WAIT), "AMBIGUOUS", "ENDPOINT", "short"),
+    "thread": (answered(404, known=claude_lb.Sign.THREAD), "REWORD", "NONE", "0"),
+    "signature": (answered(400, known=claude_lb.Sign.SIGNATURE), "REWORD", "NONE", "0"),
     "spend-cap": (answered(429, code="enforced_spend_limit_reached"), "ANOTHER",
                   "ENDPOINT", "long!"),
     "limited-model": (answered(429, stated=True), "ANOTHER", "MODEL", "stated"),
@@ -3339,7 +3350,7 @@ EXPECTED: dict[str, tuple[claude_lb.Finding, str, str, str]] = {
     "payment": (answered(402), "ANOTHER", "ENDPOINT", "long!"),
     "login": (answered(401, "OAuth authentication is currently not supported."),
               "RELAY", "NONE", "0"),
-    "expired": (answered(401, renewable=True), "RENEW", "NONE", "0"),
+    "expired": (answered(401, known=claude_lb.Sign.ACCOUNT), "RENEW", "NONE", "0"),
     "credential": (answered(401), "ANOTHER", "ENDPOINT", "long!"),
     "forbidden": (answered(403), "ANOTHER", "MODEL", "long"),
     "no-model": (answered(404, "model: claude-x"), "ANOTHER", "MODEL", "long"),
@@ -3476,6 +3487,15 @@ class TestFailoverTable:
         known = {"overloaded_error": 529, "rate_limit_error": 429, "api_error": 500}
         known.update({"authentication_error": 401, "timeout_error": 504, "odd": 500})
         assert {k: claude_lb.event_status(k) for k in known} == known
+
+    def test_an_empty_account_of_openai_s_is_a_spend_cap(self) -> None:
+        error = {
+            "message": "You exceeded your current quota",
+            "code": "insufficient_quota",
+        }
+        body = claude_lb.openai_error(429, json.dumps({"error": error}).encode())
+        facts: dict[str, Any] = {"stated": True, "limits": {}, "model": "m"}
+        assert row_of(claude_lb.finding_of_answer(429, body, **facts)) == "spend-cap"
 
     def test_the_budget_counts_what_follows_a_5xx_only(self) -> None:
         counted = {"overloaded", "server-error"}
@@ -5791,19 +5811,19 @@ class TestForwardingFields:
     @pytest.mark.parametrize(
         ("prefix", "target"),
         [
-            ("", "/v1/models"),
-            ("/", "/v1/models"),
-            ("/v1", "/v1/models"),
-            ("/v1/", "/v1/models"),
-            ("/api/claude/", "/api/claude/v1/models"),
-            ("/api/claude/v1", "/api/claude/v1/models"),
+            ("", "/v1/skills"),
+            ("/", "/v1/skills"),
+            ("/v1", "/v1/skills"),
+            ("/v1/", "/v1/skills"),
+            ("/api/claude/", "/api/claude/v1/skills"),
+            ("/api/claude/v1", "/api/claude/v1/skills"),
         ],
     )
     def test_base_url_and_path_are_joined_with_one_slash_and_one_v1(
         self, lab: Lab, prefix: str, target: str
     ) -> None:
         up = lab.upstream()
-        lab.proxy(up.url + prefix).ask("GET", "/v1/models")
+        lab.proxy(up.url + prefix).ask("GET", "/v1/skills")
         assert up.requests[0].target == target
 
     def test_request_that_comes_round_again_is_answered_502(self, lab: Lab) -> None:
@@ -6044,7 +6064,7 @@ class TestForwardingPlaces:
             {"baseURL": second.url, "default": default},
         )
         for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"):
-            for path in ("files", "models", "messages/batches", "skills/x/y"):
+            for path in ("files", "agents", "messages/batches", "skills/x/y"):
                 assert proxy.ask(method, f"/v1/{path}?a=1").status == 200
         fixed = second if default else first
         assert len(fixed.requests) == 24
@@ -6165,7 +6185,7 @@ class TestForwardingConnections:
 
         client = lab.proxy(lab.upstream(answering)).client()
         for _ in range(2):
-            answer = client.ask("HEAD", "/v1/models").answer("HEAD")
+            answer = client.ask("HEAD", "/v1/skills").answer("HEAD")
             assert answer.field("content-length") == "1234"
         assert client.unread() == b""
 
@@ -6180,7 +6200,7 @@ class TestForwardingConnections:
         )
         client = lab.proxy(up).client()
         for _ in range(3):
-            answer = client.ask("GET", "/v1/models").answer()
+            answer = client.ask("GET", "/v1/skills").answer()
             assert (answer.status, answer.body) == (status, b"")
             assert answer.values("transfer-encoding") == []
             if status == 204:
@@ -6248,7 +6268,7 @@ class TestForwardingConnections:
         client = proxy.client()
         host = f"Host: 127.0.0.1:{proxy.port}\r\nConnection: keep-alive\r\n\r\n"
         for _ in range(2):
-            client.send(f"GET /v1/models HTTP/1.0\r\n{host}".encode())
+            client.send(f"GET /v1/skills HTTP/1.0\r\n{host}".encode())
             assert client.answer().field("connection").lower() == "keep-alive"
 
     def test_200_pipelined_requests_are_answered_in_order(self, lab: Lab) -> None:
@@ -6270,16 +6290,16 @@ class TestForwardingConnections:
         up = lab.upstream()
         proxy = lab.proxy(up)
         here = f"127.0.0.1:{proxy.port}"
-        assert proxy.ask("GET", f"http://{here}/v1/models?a=b").status == 200
-        assert up.requests[0].target == "/v1/models?a=b"
+        assert proxy.ask("GET", f"http://{here}/v1/skills?a=b").status == 200
+        assert up.requests[0].target == "/v1/skills?a=b"
         assert proxy.ask("GET", f"http://{here}/health", counts=0).status == 200
 
     def test_absolute_form_targets_of_others_are_refused(self, lab: Lab) -> None:
         up = lab.upstream()
         proxy = lab.proxy(up)
-        answer = proxy.ask("GET", "http://169.254.169.254/v1/models")
+        answer = proxy.ask("GET", "http://169.254.169.254/v1/skills")
         assert answer.status == 400
-        both = ("GET", "http://evil.example/v1/models", b"", "Host: evil.example")
+        both = ("GET", "http://evil.example/v1/skills", b"", "Host: evil.example")
         assert proxy.ask(*both).status == 421
         assert up.requests == []
 
@@ -6338,7 +6358,7 @@ class TestForwardingConnections:
         self, lab: Lab, split: bool
     ) -> None:
         proxy = lab.proxy(lab.upstream())
-        rest = f"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1:{proxy.port}\r\n\r\n"
+        rest = f"GET /v1/skills HTTP/1.1\r\nHost: 127.0.0.1:{proxy.port}\r\n\r\n"
         for _ in range(20):
             client = proxy.client()
             parts = ("\r", "\n", rest[:3], rest[3:]) if split else (f"\r\n{rest}",)
@@ -7059,7 +7079,7 @@ class TestFaultMatrixConnection:
 
         up = lab.upstream(answering)
         proxy = lab.proxy(up)
-        path = "/v1/models" if method == "GET" else "/v1/messages/count_tokens"
+        path = "/v1/skills" if method == "GET" else "/v1/messages/count_tokens"
         assert proxy.post().status == 200
         assert proxy.ask(method, path).status == 200
         assert len(up.requests) == 3
@@ -7431,10 +7451,10 @@ class TestFaultMatrixAnswer:
         up = lab.upstream(answering)
         client = lab.proxy(up).client()
         method = "HEAD" if case == "HEAD" else "GET"
-        assert client.ask(method, "/v1/models").answer(method).body == b""
+        assert client.ask(method, "/v1/skills").answer(method).body == b""
         go.set()
         assert sent.wait(BOUND_S)
-        assert client.ask("GET", "/v1/models").answer().body == OK_BODY
+        assert client.ask("GET", "/v1/skills").answer().body == OK_BODY
 
     @pytest.mark.parametrize("label", BAD_ANSWER_HEADS)
     def test_rows_39_40_malformed_answer_head_is_502_in_the_envelope(
@@ -7707,12 +7727,12 @@ class TestFaultMatrixClient:
         proxy = lab.proxy(up)
         client = proxy.client()
         host = f"Host: 127.0.0.1:{proxy.port}"
-        heads = [f"GET /v1/models/{n} HTTP/1.1\r\n{host}\r\n\r\n" for n in range(1000)]
+        heads = [f"GET /v1/skills/{n} HTTP/1.1\r\n{host}\r\n\r\n" for n in range(1000)]
         data = "".join(heads).encode()
         lab.thread(lambda: client.sock.sendall(data))
         lab.counted += 1000
         for n in range(1000):
-            assert client.answer().body == f"/v1/models/{n}".encode()
+            assert client.answer().body == f"/v1/skills/{n}".encode()
         proxy.rows(1000)
 
     def test_row_54_expectation_with_a_bad_key_is_401_before_any_100(
@@ -7768,16 +7788,16 @@ class TestFaultMatrixClient:
     @pytest.mark.parametrize(
         ("request_line", "fields", "status"),
         [
-            (b"GET /v1/models", b"", 400),  # HTTP/0.9
-            (b"GET /v1/models HTTP/1.1 x", b"", 400),
-            (b"GET  /v1/models HTTP/1.1", b"", 400),
-            (b"GET /v1/models HTTP/2.0", b"", 505),
-            (b"GET /v1/models HTTP/1.2", b"", 505),
-            (b"G@T /v1/models HTTP/1.1", b"", 400),
+            (b"GET /v1/skills", b"", 400),  # HTTP/0.9
+            (b"GET /v1/skills HTTP/1.1 x", b"", 400),
+            (b"GET  /v1/skills HTTP/1.1", b"", 400),
+            (b"GET /v1/skills HTTP/2.0", b"", 505),
+            (b"GET /v1/skills HTTP/1.2", b"", 505),
+            (b"G@T /v1/skills HTTP/1.1", b"", 400),
             (b"GET /v1/mod\x01els HTTP/1.1", b"", 400),
-            (b"GET /v1/models#x HTTP/1.1", b"", 400),
+            (b"GET /v1/skills#x HTTP/1.1", b"", 400),
             (b"GET v1/models HTTP/1.1", b"", 400),
-            (b"GET //evil.example/v1/models HTTP/1.1", b"", 400),
+            (b"GET //evil.example/v1/skills HTTP/1.1", b"", 400),
             (b"GET /v1/../admin HTTP/1.1", b"", 400),
             (b"GET /v1/./models HTTP/1.1", b"", 400),
             (b"GET /v1/%2e%2e/admin HTTP/1.1", b"", 400),
@@ -7785,13 +7805,13 @@ class TestFaultMatrixClient:
             (b"GET /v1/\\..\\admin HTTP/1.1", b"", 400),
             (b"GET /v1/x%00 HTTP/1.1", b"", 400),
             (b"GET /v1/x%0d%0ay HTTP/1.1", b"", 400),
-            (b"GET /v1/models HTTP/1.1", b"Content-Length: +5", 400),
-            (b"GET /v1/models HTTP/1.1", b"Content-Length: 1_0", 400),
-            (b"GET /v1/models HTTP/1.1", b"Content-Length: \xb2", 400),
-            (b"GET /v1/models HTTP/1.1", b"Content-Length: -1", 400),
-            (b"GET /v1/models HTTP/1.1", b"Content-Length : 5", 400),
+            (b"GET /v1/skills HTTP/1.1", b"Content-Length: +5", 400),
+            (b"GET /v1/skills HTTP/1.1", b"Content-Length: 1_0", 400),
+            (b"GET /v1/skills HTTP/1.1", b"Content-Length: \xb2", 400),
+            (b"GET /v1/skills HTTP/1.1", b"Content-Length: -1", 400),
+            (b"GET /v1/skills HTTP/1.1", b"Content-Length : 5", 400),
             (
-                b"GET /v1/models HTTP/1.1",
+                b"GET /v1/skills HTTP/1.1",
                 b"Content-Length: 5\r\nContent-Length: 6",
                 400,
             ),
@@ -7805,20 +7825,20 @@ class TestFaultMatrixClient:
             (b"POST /v1/messages HTTP/1.1", b"Transfer-Encoding : chunked", 400),
             (b"POST /v1/messages HTTP/1.1", b"Transfer_Encoding: chunked", 400),
             (b"POST /v1/messages HTTP/1.0", b"Transfer-Encoding: chunked", 400),
-            (b"GET /v1/models HTTP/1.1", b"x: a\r\n b", 400),
-            (b"GET /v1/models HTTP/1.1", b" x: y", 400),
-            (b"GET /v1/models HTTP/1.1", b"nonsense", 400),
-            (b"GET /v1/models HTTP/1.1", b": nonsense", 400),
-            (b"GET /v1/models HTTP/1.1", b"x: a\rb: c", 400),
-            (b"GET /v1/models HTTP/1.1", b"x: a\nb: c", 400),
-            (b"GET /v1/models HTTP/1.1", b"x: a\x00b", 400),
-            (b"GET /v1/models HTTP/1.1", b"Host: other.example", 400),
-            (b"GET /v1/models HTTP/1.1", b"x-api-key: a\r\nx-api-key: b", 400),
+            (b"GET /v1/skills HTTP/1.1", b"x: a\r\n b", 400),
+            (b"GET /v1/skills HTTP/1.1", b" x: y", 400),
+            (b"GET /v1/skills HTTP/1.1", b"nonsense", 400),
+            (b"GET /v1/skills HTTP/1.1", b": nonsense", 400),
+            (b"GET /v1/skills HTTP/1.1", b"x: a\rb: c", 400),
+            (b"GET /v1/skills HTTP/1.1", b"x: a\nb: c", 400),
+            (b"GET /v1/skills HTTP/1.1", b"x: a\x00b", 400),
+            (b"GET /v1/skills HTTP/1.1", b"Host: other.example", 400),
+            (b"GET /v1/skills HTTP/1.1", b"x-api-key: a\r\nx-api-key: b", 400),
             (b"CONNECT up.example:443 HTTP/1.1", b"", 405),
-            (b"TRACE /v1/models HTTP/1.1", b"", 405),
+            (b"TRACE /v1/skills HTTP/1.1", b"", 405),
             (b"GET /v1/" + b"x" * 17_000 + b" HTTP/1.1", b"", 414),
-            (b"GET /v1/models HTTP/1.1", b"x: y\r\n" * 250 + b"z: 1", 431),
-            (b"GET /v1/models HTTP/1.1", b"x: " + b"y" * 140_000, 431),
+            (b"GET /v1/skills HTTP/1.1", b"x: y\r\n" * 250 + b"z: 1", 431),
+            (b"GET /v1/skills HTTP/1.1", b"x: " + b"y" * 140_000, 431),
         ],
     )
     def test_row_57_malformed_requests_are_refused_and_reach_no_upstream(
@@ -8317,9 +8337,9 @@ class TestAccessOverSockets:
         bad += [f"x-api-key: {keys[0][:-1]}", f"Authorization: Basic {keys[0]}"]
         bad += ["x-api-key:", "Authorization: Bearer", f"x_api_key: {keys[0]}"]
         for field in good:
-            assert proxy.ask(method, "/v1/models", b"", field).status == 200
+            assert proxy.ask(method, "/v1/skills", b"", field).status == 200
         for field in bad:
-            client = proxy.client().ask(method, "/v1/models", b"", field)
+            client = proxy.client().ask(method, "/v1/skills", b"", field)
             assert client.head(method).status == 401, field
         heads = b"".join(line for r in up.requests for line in r.lines)
         assert not [key for key in keys if key.encode() in heads]
@@ -8331,7 +8351,7 @@ class TestAccessOverSockets:
         evil, cross = "Origin: https://evil.example", "Sec-Fetch-Site: cross-site"
         plain = "Content-Type: text/plain"
         attacks: list[tuple[str, str, tuple[str, ...], set[int]]] = [
-            ("GET", "/v1/models", (evil, cross), {403}),  # read across origins
+            ("GET", "/v1/skills", (evil, cross), {403}),  # read across origins
             ("POST", "/v1/messages", (evil, cross), {403}),  # POST without preflight
             ("POST", "/v1/messages", (evil, cross, plain), {403}),  # text/plain JSON
             ("OPTIONS", "/v1/messages", (
@@ -8341,9 +8361,9 @@ class TestAccessOverSockets:
             ("POST", "/v1/messages", (
                 "Origin: null", "Content-Type: application/x-www-form-urlencoded",
             ), {403}),  # a form
-            ("GET", "/v1/models", (cross, "Sec-Fetch-Mode: no-cors"), {403}),  # img
+            ("GET", "/v1/skills", (cross, "Sec-Fetch-Mode: no-cors"), {403}),  # img
             ("POST", "/v1/messages", (evil, plain, "Sec-Fetch-Mode: no-cors"), {403}),
-            ("GET", "/v1/models", (f"Host: evil.example:{proxy.port}",), {421}),
+            ("GET", "/v1/skills", (f"Host: evil.example:{proxy.port}",), {421}),
         ]  # fmt: skip
         for method, path, fields, wanted in attacks:
             answer = proxy.ask(
@@ -8483,12 +8503,12 @@ class TestAccessOwnAnswers:
         answers = [proxy.post(message(text="canary-body"), *mine) for _ in range(4)]
         answers += [
             proxy.post(message(), "x-api-key: canary-wrong"),
-            proxy.ask("GET", "/v1/models?canary-query", b"", *mine),
+            proxy.ask("GET", "/v1/skills?canary-query", b"", *mine),
             proxy.ask("GET", "/nowhere", b"", *mine),
             proxy.ask("GET", "/health", b"", *mine, counts=0),
             proxy.ask("GET", "/", b"", *mine, counts=0),
             proxy.ask("POST", "/v1/messages", b"canary", "x-api-key: canary\x01"),
-            proxy.ask("GET", "/v1/models HTTP/1.1\r\nHost: canary@x\r\n", b"", *mine),
+            proxy.ask("GET", "/v1/skills HTTP/1.1\r\nHost: canary@x\r\n", b"", *mine),
         ]
         proxy.rows(len(answers) - 2)
         told = proxy.log() + repr(proxy.server.config) + repr(answers)
@@ -9319,7 +9339,26 @@ class TestClaudeCodeCli:
         run = claude.run(*simple, ANTHROPIC_AUTH_TOKEN="", ANTHROPIC_API_KEY="sk-x")
         assert_answered(run)
 
+    def test_it_works_over_another_dialect_and_back(
+        self, claude_program: str, demo: Demo, tmp_path: Path
+    ) -> None:
+        # Its messages become chat completions, which the demo's proxy takes as messages
+        endpoint = {"baseURL": demo.url, "authToken": "x1y2z3", "dialect": "openai"}
+        raw = json.dumps({"endpoints": [endpoint], "server": {"port": 0}})
+        config = claude_lb.parse_config(raw, name="chain", source=Source())
+        log = claude_lb.Log(claude_lb.LogSettings(level="error"))
+        server = claude_lb.Server(config, log)
+        server.start()
+        try:
+            claude = Claude(claude_program, tmp_path / "home", server.url)
+            self.run_bash(claude)
+        finally:
+            server.stop(grace_s=BOUND_S)
+
     def test_a_bash_call_runs_and_its_output_goes_back(self, claude: Claude) -> None:
+        self.run_bash(claude)
+
+    def run_bash(self, claude: Claude) -> None:
         # Without ENABLE_TOOL_SEARCH=false a placeholder stands before Bash.
         run = claude.run(
             *("-p", "run echo", "--tools", "Bash", "--allowedTools", "Bash(echo:*)"),
@@ -10463,10 +10502,12 @@ IMPURE_MODULES = frozenset(
 IMPURE_NAMES = frozenset({"print", "open", "input", "exec", "eval", "formatdate"})
 LOCK_OWNERS = {
     "BodyBudget",
+    "Catalogue",
     "Log",
     "Pool",
     "Renewer",
     "Workers",
+    "ZedService",
     "_AccountTable",
     "_Place",
 }
@@ -10746,6 +10787,17 @@ class TestSourceLayout:
             and section_of(node.lineno) in pure
         ]
         assert wrong == []
+
+    def test_a_name_is_given_once(self) -> None:
+        given: collections.Counter[str] = collections.Counter()
+        for node in TREE.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                given[node.name] += 1
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                given[node.target.id] += 1
+            elif isinstance(node, ast.Assign):
+                given.update(t.id for t in node.targets if isinstance(t, ast.Name))
+        assert [name for name, times in given.items() if times > 1] == []
 
     def test_locks_live_in_their_owners_only(self) -> None:
         kinds = re.compile(r"\bthreading\.(R?Lock|Condition|(Bounded)?Semaphore)\b")
@@ -11153,6 +11205,8 @@ ENDPOINT = {
     "enabled": flag,
     "proxy": text,
     "allowHttp": flag,
+    "dialect": one_of(*claude_lb.DIALECTS),
+    "zed": lambda value: isinstance(value, dict),
 }
 MEMBER = {"name": text, "baseURL": text, "allowHttp": flag, "default": flag}
 GROUP = {**CREDENTIAL, "name": text, "default": flag}
@@ -11343,16 +11397,18 @@ class TestExamples:
             },
             {
                 "name": "openrouter",
+                "dialect": "openai",
                 "baseURL": "https://openrouter.example/api/v1",
                 "authType": "api_key",
                 "authToken": SECRET,
-                "enabled": False,
+                "enabled": True,
             },
             {
                 "name": "zed",
+                "dialect": "zed",
                 "baseURL": "https://zed.example",
-                "authType": "api_key",
                 "authToken": SECRET,
+                "zed": {"default_mode": "normal", "thread_ttl": 3600},
                 "enabled": False,
             },
         ]
@@ -11360,6 +11416,7 @@ class TestExamples:
             "claude-3-5-sonnet-20241022": [
                 {"endpoint": "yourapi", "model": "claude-3-5-sonnet", "priority": 1},
                 {"endpoint": "official", "model": "passthrough", "priority": 2},
+                {"endpoint": "openrouter", "model": "anthropic/sonnet", "priority": 3},
             ],
             "*haiku*": [
                 {"endpoint": "official", "model": "passthrough", "priority": 1}
@@ -11375,7 +11432,7 @@ class TestExamples:
             "dedupe": True,
         }
         assert raw["failover"] == {
-            "attempts": 2,
+            "attempts": 3,
             "cooldown": 90,
             "statuses": {"404": "failover", "529": "failover"},
             "errorTypes": {"overloaded_error": "failover"},
@@ -11502,7 +11559,6 @@ class TestProviders:
     @pytest.mark.parametrize(
         ("given", "word"),
         [
-            ({"type": "openai"}, "OpenAI"),
             ({"type": "zed", "zed_config": {}}, "Zed"),
             ({"auth_type": "oauth"}, "OAuth"),
             ({"auth_value": "oauth"}, "OAuth"),
@@ -17869,7 +17925,7 @@ class TestServingByAccounts:
         ("method", "path"),
         [
             ("POST", COUNT_TOKENS),
-            ("GET", "/v1/models"),
+            ("GET", "/v1/skills"),
             ("DELETE", "/v1/files/file_1"),
             ("POST", "/v1/messages/batches"),
         ],
@@ -19254,7 +19310,11 @@ def image(data: bytes) -> dict[str, Any]:
     return {"type": "image", "source": encoded(data)}
 
 
-FRAME = claude_lb.estimate_tokens(body([]))  # base and one message
+def estimate(request: bytes) -> int:
+    return claude_lb.read_request(request)[1].tokens
+
+
+FRAME = estimate(body([]))  # base and one message
 
 
 class TestImages:
@@ -19272,8 +19332,8 @@ class TestImages:
         self, make: Any, width: int, height: int, old: int, new: int
     ) -> None:
         block = [image(make(width, height))]
-        assert claude_lb.estimate_tokens(body(block)) - FRAME == old
-        assert claude_lb.estimate_tokens(body(block, NEW)) - FRAME == new
+        assert estimate(body(block)) - FRAME == old
+        assert estimate(body(block, NEW)) - FRAME == new
 
     @pytest.mark.parametrize("make", FORMATS)
     def test_size_in_header(self, make: Any) -> None:
@@ -19297,7 +19357,7 @@ class TestImages:
         tables = segment(0xC4, b"1" * 30) + b"\xff" * 5 + segment(0xDB, b"2" * 65)
         made = jpeg(1000, 1000, exif * 5 + tables + b"\xff\x01\xff\xd0")
         assert claude_lb.image_size(made) == (1000, 1000)
-        assert claude_lb.estimate_tokens(body([image(made)])) - FRAME == 1296
+        assert estimate(body([image(made)])) - FRAME == 1296
 
     def test_limits_hold_for_all_shapes(self) -> None:
         shapes = random.Random(3)
@@ -19329,14 +19389,14 @@ class TestImages:
     )
     def test_unseen_image_counts_as_a_large_one(self, source: Any) -> None:
         block = [{"type": "image", "source": source}]
-        assert claude_lb.estimate_tokens(body(block)) - FRAME == 1568
+        assert estimate(body(block)) - FRAME == 1568
 
     def test_in_a_result_and_with_line_ends(self) -> None:
         block = image(png(1000, 1000))
         data = block["source"]["data"]
         block["source"]["data"] = "\n".join(data[i : i + 9] for i in range(0, 80, 9))
         result = {"type": "tool_result", "tool_use_id": "t", "content": [block]}
-        assert claude_lb.estimate_tokens(body([result])) - FRAME == 1296
+        assert estimate(body([result])) - FRAME == 1296
 
 
 PROSE = "The harbour was quiet that morning, and nobody had seen the boats leave. "
@@ -19384,12 +19444,12 @@ class TestTokenText:
         )
 
     def test_one_letter(self) -> None:
-        assert claude_lb.estimate_tokens(body("a")) in range(8, 13)
+        assert estimate(body("a")) in range(8, 13)
 
     def test_newer_tokenizer(self) -> None:
-        old = claude_lb.estimate_tokens(body("word " * 10_000))
+        old = estimate(body("word " * 10_000))
         for name in (NEW, "claude-opus-4-7", "anthropic/claude-opus-4.8"):
-            new = claude_lb.estimate_tokens(body("word " * 10_000, name))
+            new = estimate(body("word " * 10_000, name))
             assert new == pytest.approx(old * 1.3, rel=0.01)
 
     @pytest.mark.parametrize(
@@ -19405,12 +19465,10 @@ class TestTokenText:
     )
     def test_older_tokenizer(self, name: str) -> None:
         text = "word " * 1000
-        assert claude_lb.estimate_tokens(body(text, name)) == claude_lb.estimate_tokens(
-            body(text)
-        )
+        assert estimate(body(text, name)) == estimate(body(text))
 
     def test_lone_surrogate(self) -> None:
-        assert claude_lb.estimate_tokens(body("\ud83d")) > 0
+        assert estimate(body("\ud83d")) > 0
 
 
 class TestRequests:
@@ -19426,10 +19484,10 @@ class TestRequests:
             [{"type": "thinking", "thinking": word, "signature": "S" * 900}],
         ]
         for form in forms:
-            assert claude_lb.estimate_tokens(body(form)) - FRAME == 100
-        assert claude_lb.estimate_tokens(body([], system=word)) - FRAME == 100
+            assert estimate(body(form)) - FRAME == 100
+        assert estimate(body([], system=word)) - FRAME == 100
         system = [{"type": "text", "text": word}]
-        assert claude_lb.estimate_tokens(body([], system=system)) - FRAME == 100
+        assert estimate(body([], system=system)) - FRAME == 100
 
     def test_calls_and_unknown_blocks_count_as_json(self) -> None:
         call = {
@@ -19438,19 +19496,19 @@ class TestRequests:
             "name": "Read",
             "input": {"p": "a" * 420},
         }
-        assert 100 < claude_lb.estimate_tokens(body([call])) - FRAME < 112
+        assert 100 < estimate(body([call])) - FRAME < 112
         # An input that looks like a block is none
         call["input"] = {"type": "image", "source": {"type": "base64"}}
-        assert claude_lb.estimate_tokens(body([call])) - FRAME < 60
+        assert estimate(body([call])) - FRAME < 60
         found = {"type": "search_result", "title": "a" * 420}
-        assert 100 < claude_lb.estimate_tokens(body([found])) - FRAME < 120
+        assert 100 < estimate(body([found])) - FRAME < 120
         hidden = {"type": "redacted_thinking", "data": "Z" * 4000}
-        assert claude_lb.estimate_tokens(body([hidden])) == FRAME
+        assert estimate(body([hidden])) == FRAME
 
     def test_each_message_adds_four(self) -> None:
         messages = [{"role": "user", "content": ""}] * 10
         request = json.dumps({"model": OLD, "messages": messages}).encode()
-        assert claude_lb.estimate_tokens(request) == 7 + 40
+        assert estimate(request) == 7 + 40
 
     @pytest.mark.parametrize(
         ("model", "free", "forced"),
@@ -19471,37 +19529,33 @@ class TestRequests:
     def test_prompt_for_tools(self, model: str, free: int, forced: int) -> None:
         tools = [{"name": "t"}]
         definition = claude_lb.text_tokens('[{"name":"t"}]')
-        definition *= (
-            1.3 if claude_lb.estimate_tokens(body("a " * 99, model)) > 65 else 1.0
-        )
+        definition *= 1.3 if estimate(body("a " * 99, model)) > 65 else 1.0
         given = {"auto": free, "none": free, "any": forced, "tool": forced, "": free}
         for choice, tokens in given.items():
             more = {"tool_choice": {"type": choice}} if choice else {}
-            got = (
-                claude_lb.estimate_tokens(body([], model, tools=tools, **more)) - FRAME
-            )
+            got = estimate(body([], model, tools=tools, **more)) - FRAME
             assert got == round(tokens + definition)
-        assert claude_lb.estimate_tokens(body([], model, tools=[])) == FRAME
+        assert estimate(body([], model, tools=[])) == FRAME
 
     def test_definitions_of_tools_count(self) -> None:
         one = [{"name": "t", "description": "d" * 420, "input_schema": {}}]
         less = [{"name": "t", "description": "", "input_schema": {}}]
-        more = claude_lb.estimate_tokens(body([], tools=one))
-        assert more - claude_lb.estimate_tokens(body([], tools=less)) in range(98, 103)
+        more = estimate(body([], tools=one))
+        assert more - estimate(body([], tools=less)) in range(98, 103)
 
     def test_pdf_by_pages(self) -> None:
         pages = b"<</Type /Pages /Count 3>>" + b"<</Type/Page /Parent 1 0 R>>" * 3
         block = {"type": "document", "source": encoded(b"%PDF-1.7\n" + pages)}
-        assert claude_lb.estimate_tokens(body([block])) - FRAME == 3 * 2333
+        assert estimate(body([block])) - FRAME == 3 * 2333
 
     def test_pdf_by_length_where_pages_are_packed(self) -> None:
         for size, pages in ((1000, 1), (500_000, 10), (6_000_000, 122)):
             block = {"type": "document", "source": encoded(b"%PDF" + b"\0" * size)}
-            assert claude_lb.estimate_tokens(body([block])) - FRAME == pages * 2333
+            assert estimate(body([block])) - FRAME == pages * 2333
 
     def test_document_elsewhere_is_a_page(self) -> None:
         block = {"type": "document", "source": {"type": "url", "url": "https://a"}}
-        assert claude_lb.estimate_tokens(body([block])) - FRAME == 2333
+        assert estimate(body([block])) - FRAME == 2333
 
     def test_thinking_of_earlier_turns(self) -> None:
         thought = {"type": "thinking", "thinking": "t" * 4200, "signature": "s"}
@@ -19520,7 +19574,7 @@ class TestRequests:
 
         def count(model: str, messages: list[dict[str, Any]]) -> int:
             request = {"model": model, "messages": messages}
-            return claude_lb.estimate_tokens(json.dumps(request).encode())
+            return estimate(json.dumps(request).encode())
 
         assert count("claude-sonnet-4-5", earlier) < 100
         assert count("claude-opus-4-5", earlier) > 1000
@@ -19544,27 +19598,27 @@ class TestRequests:
     )
     def test_what_cannot_be_estimated_is_refused(self, bad: bytes) -> None:
         with pytest.raises(claude_lb.RefusedError) as refused:
-            claude_lb.estimate_tokens(bad)
+            estimate(bad)
         assert refused.value.status == 400
         assert not refused.value.close
 
     def test_fault_names_its_place(self) -> None:
         bad = b'{"messages": [{"role": "user", "content": ""}, {"role": "user"}]}'
         with pytest.raises(claude_lb.RefusedError, match=r"^messages\.1\.content: "):
-            claude_lb.estimate_tokens(bad)
+            estimate(bad)
 
     def test_odd_blocks_are_no_fault(self) -> None:
         odd: Any
         for odd in ([5, None, {}, [], {"type": 7}, {"type": ["a"]}], [[["a"]]], ["a"]):
-            assert claude_lb.estimate_tokens(body(odd)) >= FRAME
+            assert estimate(body(odd)) >= FRAME
         for odd in ("x", 5, [5], {"a": 1}):
-            assert claude_lb.estimate_tokens(body("a", tools=odd, system=odd)) >= FRAME
+            assert estimate(body("a", tools=odd, system=odd)) >= FRAME
 
     def test_deep_nesting(self) -> None:
         block: Any = "a" * 42
         for _ in range(300):
             block = [{"type": "tool_result", "content": block}]
-        assert claude_lb.estimate_tokens(body(block)) == FRAME + 10
+        assert estimate(body(block)) == FRAME + 10
 
 
 class TestPrompts:
@@ -19592,7 +19646,7 @@ class TestEstimatesOverSockets:
         answer = self.count(lab.proxy(lab.refusing(), lab.refusing()))
         assert answer.status == 200
         assert answer.field("x-claude-lb-estimate") == "1"
-        expected = claude_lb.estimate_tokens(self.BODY)
+        expected = estimate(self.BODY)
         assert answer.json() == {"input_tokens": expected}
 
     @pytest.mark.parametrize("status", [404, 405, 501])
@@ -24334,7 +24388,6 @@ class TestChatTypes:
 
 # --- threads ---
 
-
 ZED = claude_lb.ZedSettings()
 SONNET = "claude-sonnet-4-20250514"
 
@@ -25262,3 +25315,3739 @@ class TestZedErrors:
     def test_an_endless_text_is_shortened(self) -> None:
         for body in (b"x" * 10**5, claude_lb.packed({"message": "x" * 10**5})):
             assert len(claude_lb.zed_error(500, body)) < 4100
+
+
+class RandomTalk:
+    """Makes conversations of the Messages API that any dialect can carry."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.calls = 0
+
+    def words(self) -> str:
+        """Return a text that is not blank."""
+        pieces = [
+            "a",
+            "word",
+            "two words",
+            "line\nline",
+            "\u00e9\u4e2d\U0001f600",
+            '"{}"',
+            "\\",
+        ]
+        return " ".join(self.random.choices(pieces, k=self.random.randrange(1, 5)))
+
+    def text(self) -> dict[str, Any]:
+        return {"type": "text", "text": self.words()}
+
+    def image(self) -> dict[str, Any]:
+        if self.random.random() < 0.5:
+            return {
+                "type": "image",
+                "source": {"type": "url", "url": "https://a.example/b.png"},
+            }
+        source = {"type": "base64", "media_type": "image/png", "data": OA_PNG}
+        return {"type": "image", "source": source}
+
+    def call(self) -> dict[str, Any]:
+        self.calls += 1
+        given = {self.words(): self.random.choice([1, None, True, "x", {"y": [1.5]}])}
+        name = self.random.choice(["look", "find-it", "make_it"])
+        return {
+            "type": "tool_use",
+            "id": f"toolu_{self.calls}",
+            "name": name,
+            "input": given,
+        }
+
+    def result(self, of: Mapping[str, Any]) -> dict[str, Any]:
+        made = {"type": "tool_result", "tool_use_id": of["id"], "content": self.words()}
+        if self.random.random() < 0.3:
+            made["content"] = [self.text() for _ in range(self.random.randrange(1, 3))]
+        if self.random.random() < 0.2:
+            made["is_error"] = True
+        return made
+
+    def some(self, make: Callable[[], Any], least: int, most: int) -> list[Any]:
+        return [make() for _ in range(self.random.randrange(least, most + 1))]
+
+    def messages(self) -> list[dict[str, Any]]:
+        """Return turns of both sides, with calls and their results."""
+        made: list[dict[str, Any]] = []
+        calls: list[dict[str, Any]] = []
+        for _ in range(self.random.randrange(1, 6)):
+            user = [
+                *map(self.result, calls),
+                *self.some(self.text, 0 if calls else 1, 2),
+            ]
+            if self.random.random() < 0.3:
+                user.append(self.image())
+            calls = self.some(self.call, 0, 3)
+            thought = {
+                "type": "thinking",
+                "thinking": self.words(),
+                "signature": "c2ln" * 20,
+            }
+            said = [thought] if self.random.random() < 0.3 else []
+            said += [*self.some(self.text, 0 if calls else 1, 2), *calls]
+            made += [
+                {"role": "user", "content": user},
+                {"role": "assistant", "content": said},
+            ]
+        last = [*map(self.result, calls), self.text()]
+        return [*made, {"role": "user", "content": last}]
+
+    def request(self) -> dict[str, Any]:
+        """Return a request with some of the fields that both dialects have."""
+        tools = [
+            {
+                "name": name,
+                "description": "does",
+                "input_schema": {"type": "object", "properties": {}},
+            }
+            for name in ("look", "find-it", "make_it")
+        ]
+        schema = {"type": "json_schema", "schema": {"type": "object"}}
+        choices: list[dict[str, Any]] = [
+            {"type": "auto"}, {"type": "any"}, {"type": "none"},
+            {"type": "tool", "name": "look"},
+            {"type": "auto", "disable_parallel_tool_use": True},
+        ]  # fmt: skip
+        optional: dict[str, Any] = {
+            "system": self.random.choice([self.words(), self.some(self.text, 1, 2)]),
+            "stop_sequences": ["stop", "\u4e2d"],
+            "temperature": 0.5,
+            "metadata": {"user_id": "somebody"},
+            "tool_choice": self.random.choice(choices),
+            "output_config": {"format": schema},
+            "stream": True,
+            "service_tier": self.random.choice(["auto", "standard_only"]),
+        }
+        chosen = {k: v for k, v in optional.items() if self.random.random() < 0.5}
+        fixed = {"model": "claude-sonnet-4-5", "max_tokens": 99, "tools": tools}
+        return {**fixed, **chosen, "messages": self.messages()}
+
+
+def joined(
+    blocks: Sequence[Mapping[str, Any]], kind: str, field: str
+) -> list[dict[str, Any]]:
+    """Return blocks of one kind as one."""
+    texts = [b[field] for b in blocks if b["type"] == kind]
+    return [{"type": kind, field: "\n".join(texts)}] if texts else []
+
+
+def plain_content(content: Any) -> list[dict[str, Any]]:
+    blocks = (
+        [{"type": "text", "text": content}] if isinstance(content, str) else content
+    )
+    return list(blocks)
+
+
+def normal_turn(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a turn as it is after the losses that the README names.
+
+    Results come first, texts become one unless an image is among them, signatures go,
+    an error's mark stands before its text.
+    """
+    blocks = plain_content(message["content"])
+    calls = [b for b in blocks if b["type"] == "tool_use"]
+    results = []
+    for block in (b for b in blocks if b["type"] == "tool_result"):
+        text = "\n".join(b["text"] for b in plain_content(block["content"]))
+        mark = claude_lb.TOOL_ERROR if block.get("is_error") else ""
+        results.append({"tool_use_id": block["tool_use_id"], "text": mark + text})
+    rest = [b for b in blocks if b["type"] in ("text", "image")]
+    if all(b["type"] == "text" for b in rest):
+        rest = joined(rest, "text", "text")
+    thought = joined(blocks, "thinking", "thinking")
+    return {"role": message["role"], "content": [*results, *thought, *rest, *calls]}
+
+
+def normal_form(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a request as it is after the losses that the README names."""
+    system = "\n".join(b["text"] for b in plain_content(request.get("system", [])))
+    turns = list(map(normal_turn, request["messages"]))
+    choice = {"type": "auto", **request.get("tool_choice", {})}
+    return {**request, "system": system, "messages": turns, "tool_choice": choice}
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("seed", range(200))
+    def test_a_request_comes_back_equal_but_for_the_losses(self, seed: int) -> None:
+        request = RandomTalk(seed).request()
+        call = claude_lb.openai_request(request, claude_lb.OpenAISettings(), None)
+        back = claude_lb.chat_request(call.body)
+        returned = json.loads(back.body)
+        assert normal_form(returned) == normal_form(request)
+        marked = [
+            block["signature"]
+            for message in returned["messages"]
+            for block in plain_content(message["content"])
+            if block["type"] == "thinking"
+        ]
+        assert set(marked) <= {claude_lb.UNSIGNED}
+        assert back.stream == call.stream == bool(request.get("stream"))
+
+
+# ============================================================================
+# OPENAI-COMPATIBLE UPSTREAMS, OPENAI'S CLIENTS
+# ============================================================================
+
+# -- conversations in no API's words ---------------------------------------
+
+OC_PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(24)).decode()
+OC_ODD = 'é 你好 🙂 𐍈 \u2028 \u2029 \x85 \\u0041 "q" \t\n \x7f end'
+OC_TOOLS = ("look", "get_weather")
+OC_SCHEMA = {"type": "object", "properties": {"q": {"type": "string"}}}
+OC_CHAT = "/v1/chat/completions"
+OC_DONE = b"data: [DONE]\n\n"
+OC_STOPS = {"end_turn": "stop", "tool_use": "tool_calls"}
+OC_ERRORS = [
+    (400, "BadRequestError", "max_tokens: 9000000 is é\u2028 more than 8192"),
+    (401, "AuthenticationError", "no such key"),
+    (404, "NotFoundError", "the model claude-of-tomorrow does not exist"),
+    (429, "RateLimitError", "slow down"),
+    (500, "InternalServerError", "a bug of the upstream's"),
+]
+OC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "api_error",
+}
+OcCall = tuple[str, str, dict[str, Any]]
+
+
+class OcTalk(NamedTuple):
+    """A conversation.
+
+    Its turns are ("user", text), ("image", base64), ("said", what was answered) and
+    ("results", ((id, text), ...)).
+    """
+
+    turns: tuple[tuple[str, Any], ...]
+    system: str = ""
+    tools: tuple[str, ...] = ()
+    thinks: bool = False
+
+
+class OcSaid(NamedTuple):
+    """What a model answers."""
+
+    text: str = ""
+    thought: str = ""
+    calls: tuple[OcCall, ...] = ()
+    #: Prompt with what was cached of it, that part, completion.
+    usage: tuple[int, int, int] | None = (100, 30, 7)
+
+    @property
+    def reason(self) -> str:
+        return "tool_use" if self.calls else "end_turn"
+
+
+def oc_dump(value: object) -> bytes:
+    """Return JSON as most servers write it: UTF-8, not escaped."""
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def oc_pieces(text: str, size: int = 7) -> list[str]:
+    return [text[at : at + size] for at in range(0, len(text), size)]
+
+
+# -- OpenAI's dialect --------------------------------------------------------
+
+
+def oc_openai_turn(kind: str, value: Any) -> list[dict[str, Any]]:
+    if kind == "results":
+        return [{"role": "tool", "tool_call_id": i, "content": t} for i, t in value]
+    if kind == "said":
+        turn: dict[str, Any] = {"role": "assistant", "content": value.text or None}
+        if value.thought:
+            turn["reasoning_content"] = value.thought
+        if value.calls:
+            turn["tool_calls"] = [
+                {"id": i, "type": "function", "function": oc_function(n, a)}
+                for i, n, a in value.calls
+            ]
+        return [turn]
+    content: Any = value
+    if kind == "image":
+        url = {"url": f"data:image/png;base64,{value}"}
+        text = {"type": "text", "text": "what is it?"}
+        content = [text, {"type": "image_url", "image_url": url}]
+    return [{"role": "user", "content": content}]
+
+
+def oc_function(name: str, arguments: Mapping[str, Any]) -> dict[str, str]:
+    return {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+
+
+def oc_openai_request(talk: OcTalk) -> dict[str, Any]:
+    """Return a conversation as OpenAI's SDK is asked for it."""
+    messages = [m for turn in talk.turns for m in oc_openai_turn(*turn)]
+    if talk.system:
+        messages.insert(0, {"role": "system", "content": talk.system})
+    request: dict[str, Any] = {"model": MODEL, "messages": messages, "max_tokens": 999}
+    if talk.tools:
+        request["tools"] = [
+            {"type": "function", "function": {"name": n, "parameters": OC_SCHEMA}}
+            for n in talk.tools
+        ]
+    if talk.thinks:
+        request["reasoning_effort"] = "medium"
+    return request
+
+
+def oc_openai_usage(said: OcSaid) -> dict[str, Any]:
+    if said.usage is None:
+        return {}
+    prompt, cached, completion = said.usage
+    details = {"cached_tokens": cached}
+    total = {"total_tokens": prompt + completion, "prompt_tokens_details": details}
+    return {"prompt_tokens": prompt, "completion_tokens": completion, **total}
+
+
+def oc_openai_message(said: OcSaid) -> bytes:
+    """Return a whole completion."""
+    (turn,) = oc_openai_turn("said", said)
+    reason = OC_STOPS[said.reason]
+    choice = {"index": 0, "message": turn, "finish_reason": reason}
+    usage = {"usage": oc_openai_usage(said)} if said.usage else {}
+    head = {"id": "c1", "object": "chat.completion", "created": 1, "model": "inner"}
+    return oc_dump({**head, "choices": [choice], **usage})
+
+
+def oc_openai_events(said: OcSaid) -> list[bytes]:
+    """Return a completion's chunks; the parts of a call are told one by one."""
+    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
+    deltas += [{"reasoning_content": p} for p in oc_pieces(said.thought)]
+    deltas += [{"content": p} for p in oc_pieces(said.text)]
+    for index, (id_, name, arguments) in enumerate(said.calls):
+        begun = {"index": index, "id": id_, "type": "function"}
+        function = oc_function(name, arguments)
+        told = [{**begun, "function": {"name": name, "arguments": ""}}]
+        for piece in oc_pieces(function["arguments"], 5):
+            told.append({"index": index, "function": {"arguments": piece}})
+        deltas += [{"tool_calls": [one]} for one in told]
+    events = [oc_openai_chunk(one) for one in deltas]
+    events.append(oc_openai_chunk({}, OC_STOPS[said.reason]))
+    if said.usage is not None:
+        last = {"id": "c1", "choices": [], "usage": oc_openai_usage(said)}
+        events.append(b"data: %b\n\n" % oc_dump(last))
+    return [*events, OC_DONE]
+
+
+def oc_openai_chunk(delta: Mapping[str, Any], finish: str | None = None) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    head = {"id": "c1", "object": "chat.completion.chunk", "model": "inner"}
+    return b"data: %b\n\n" % oc_dump({**head, "choices": [choice]})
+
+
+# -- the Messages API --------------------------------------------------------
+
+
+def oc_blocks(said: OcSaid) -> list[dict[str, Any]]:
+    blocks: list[dict[str, Any]] = []
+    if said.thought:
+        thinking = {"thinking": said.thought, "signature": "EqQBCg=="}
+        blocks.append({"type": "thinking", **thinking})
+    if said.text:
+        blocks.append({"type": "text", "text": said.text})
+    named = [{"id": i, "name": n, "input": a} for i, n, a in said.calls]
+    return blocks + [{"type": "tool_use", **one} for one in named]
+
+
+def oc_native_turn(kind: str, value: Any) -> dict[str, Any]:
+    if kind == "said":
+        return {"role": "assistant", "content": oc_blocks(value)}
+    content: Any = value
+    if kind == "results":
+        result = {"type": "tool_result"}
+        content = [{**result, "tool_use_id": i, "content": t} for i, t in value]
+    if kind == "image":
+        source = {"type": "base64", "media_type": "image/png", "data": value}
+        text = {"type": "text", "text": "what is it?"}
+        content = [text, {"type": "image", "source": source}]
+    return {"role": "user", "content": content}
+
+
+def oc_native_request(talk: OcTalk) -> dict[str, Any]:
+    """Return a conversation as Anthropic's SDK is asked for it."""
+    messages = [oc_native_turn(*turn) for turn in talk.turns]
+    request: dict[str, Any] = {"model": MODEL, "messages": messages, "max_tokens": 999}
+    if talk.system:
+        request["system"] = talk.system
+    if talk.tools:
+        request["tools"] = [{"name": n, "input_schema": OC_SCHEMA} for n in talk.tools]
+    if talk.thinks:
+        request["thinking"] = {"type": "adaptive"}
+        request["output_config"] = {"effort": "medium"}
+    return request
+
+
+def oc_native_usage(said: OcSaid) -> dict[str, int]:
+    if said.usage is None:
+        return {}
+    prompt, cached, completion = said.usage
+    read = {"cache_read_input_tokens": cached}
+    return {"input_tokens": prompt - cached, **read, "output_tokens": completion}
+
+
+def oc_native_head(said: OcSaid) -> dict[str, Any]:
+    facts = {"id": "msg_1", "type": "message", "role": "assistant", "model": MODEL}
+    ending = {"stop_reason": None, "stop_sequence": None}
+    return {**facts, "content": [], **ending, "usage": oc_native_usage(said)}
+
+
+def oc_native_message(said: OcSaid) -> bytes:
+    ending = {"content": oc_blocks(said), "stop_reason": said.reason}
+    return oc_dump({**oc_native_head(said), **ending})
+
+
+def oc_event(kind: str, **facts: object) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (
+        kind.encode(),
+        oc_dump({"type": kind, **facts}),
+    )
+
+
+def oc_native_block(index: int, block: Mapping[str, Any]) -> list[bytes]:
+    kind, empty, deltas = block["type"], dict(block), list[Any]()
+    if kind == "tool_use":
+        empty["input"] = {}
+        text = json.dumps(block["input"], ensure_ascii=False)
+        deltas = [("input_json_delta", "partial_json", p) for p in oc_pieces(text, 5)]
+    else:
+        empty[kind] = ""
+        deltas = [(f"{kind}_delta", kind, p) for p in oc_pieces(block[kind])]
+    if kind == "thinking":
+        empty["signature"] = ""
+        deltas.append(("signature_delta", "signature", block["signature"]))
+    events = [oc_event("content_block_start", index=index, content_block=empty)]
+    for name, field, piece in deltas:
+        part = {"type": name, field: piece}
+        events.append(oc_event("content_block_delta", index=index, delta=part))
+    return [*events, oc_event("content_block_stop", index=index)]
+
+
+def oc_native_events(said: OcSaid) -> list[bytes]:
+    events = [oc_event("message_start", message=oc_native_head(said))]
+    for index, block in enumerate(oc_blocks(said)):
+        events += oc_native_block(index, block)
+    ending = {"stop_reason": said.reason, "stop_sequence": None}
+    usage = oc_native_usage(said)
+    events.append(oc_event("message_delta", delta=ending, usage=usage))
+    return [*events, oc_event("message_stop")]
+
+
+# -- Zed's ------------------------------------------------------------------
+
+
+def oc_zed_lines(said: OcSaid) -> bytes:
+    found = [event for _, event in events_in(b"".join(oc_native_events(said)))]
+    return b"".join(oc_dump({"event": event}) + b"\n" for event in found)
+
+
+# -- upstreams ---------------------------------------------------------------
+
+
+def oc_answering(dialect: str, *said: OcSaid) -> Answering:
+    """Return what gives one answer after the other, the last one for ever."""
+    left = list(said)
+
+    def answering(wire: Wire, request: Received) -> None:
+        one = left.pop(0) if len(left) > 1 else left[0]
+        if dialect == "zed":
+            wire.answer(200, oc_zed_lines(one), "content-type: application/x-ndjson")
+        elif json.loads(request.body).get("stream"):
+            make = oc_openai_events if dialect == "openai" else oc_native_events
+            wire.stream(*make(one))
+        else:
+            whole = oc_openai_message if dialect == "openai" else oc_native_message
+            wire.answer(200, whole(one))
+
+    return answering
+
+
+def oc_minting(answering: Answering) -> Answering:
+    """Return the same behind Zed's tokens."""
+
+    def either(wire: Wire, request: Received) -> None:
+        if request.target == "/client/llm_tokens":
+            wire.answer(200, b'{"token": "minted"}')
+        else:
+            answering(wire, request)
+
+    return either
+
+
+def oc_endpoint(up: ScriptedUpstream | str, dialect: str, **more: Any) -> Any:
+    """Return an endpoint's entry."""
+    if isinstance(up, str):
+        url, token = up, "canary-of-nobody"
+    else:
+        url, token = up.url, up.token
+    token = f"12 {token}" if dialect == "zed" else token
+    return {"baseURL": url, "authToken": token, "dialect": dialect, **more}
+
+
+def oc_over(lab: Lab, dialect: str, answering: Answering, **own: Any) -> Any:
+    """Return a proxy over one upstream of a dialect, and that."""
+    up = lab.upstream(answering)
+    more = own.pop("endpoint", {})
+    return over(lab, oc_endpoint(up, dialect, **more), **own)[0], up
+
+
+def oc_asked(up: ScriptedUpstream, number: int = -1) -> Any:
+    return json.loads(up.requests[number].body)
+
+
+def oc_post(proxy: Proxy, **facts: Any) -> Client:
+    """Ask for a small message, by default as a stream."""
+    asked = {"model": MODEL, "max_tokens": 9, "messages": HELLO, "stream": True}
+    return proxy.client().post(json.dumps({**asked, **facts}).encode())
+
+
+def oc_chat(proxy: Proxy, **facts: Any) -> Client:
+    """Ask as a client of OpenAI's."""
+    asked = {"model": MODEL, "messages": HELLO, "stream": True, **facts}
+    return proxy.client().ask("POST", OC_CHAT, json.dumps(asked).encode())
+
+
+def oc_kinds(body: bytes) -> list[str]:
+    """Return the kinds of a stream's events, without repeats."""
+    kinds: list[str] = []
+    for kind, _ in events_in(body):
+        if not kinds or kinds[-1] != kind:
+            kinds.append(kind)
+    return kinds
+
+
+def oc_text(body: bytes) -> str:
+    """Return what an Anthropic stream says."""
+    parts = (event.get("delta", {}) for _, event in events_in(body))
+    return "".join(part.get("text", "") for part in parts)
+
+
+def oc_ended(body: bytes) -> Any:
+    """Return the error that ends an Anthropic stream."""
+    kind, last = events_in(body)[-1]
+    assert kind == "error", body[-300:]
+    return last["error"]
+
+
+# -- clients -----------------------------------------------------------------
+
+
+class OcSdks(NamedTuple):
+    """The official SDKs."""
+
+    anthropic: Any
+    openai: Any
+
+    def errors(self, api: str) -> Any:
+        return self.anthropic if api == "anthropic" else self.openai
+
+    def ask(self, proxy: Proxy, api: str, talk: OcTalk, stream: bool) -> OcSaid:
+        """Ask for the next turn; return what the SDK makes of the answer."""
+        proxy._lab.counted += 1
+        url = f"http://127.0.0.1:{proxy.port}"
+        options = {"api_key": "sk-of-the-client", "max_retries": 0}
+        if api == "anthropic":
+            with self.anthropic.Anthropic(base_url=url, **options) as client:
+                return oc_by_anthropic(client, oc_native_request(talk), stream)
+        with self.openai.OpenAI(base_url=f"{url}/v1", **options) as client:
+            return oc_by_openai(client, oc_openai_request(talk), stream)
+
+
+@pytest.fixture
+def oc_sdks(monkeypatch: pytest.MonkeyPatch) -> OcSdks:
+    """Both SDKs, with nothing of the environment in their way."""
+    for package in ("anthropic", "openai"):
+        need_tool(package, importlib.util.find_spec(package) is not None)
+    for name in list(os.environ):
+        if name.startswith(("ANTHROPIC_", "OPENAI_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return OcSdks(*map(importlib.import_module, ("anthropic", "openai")))
+
+
+def oc_by_anthropic(client: Any, request: dict[str, Any], stream: bool) -> OcSaid:
+    if stream:
+        with client.messages.stream(**request) as answer:
+            kinds = [event.type for event in answer]
+            found = answer.get_final_message()
+        assert (kinds[0], kinds[-1]) == ("message_start", "message_stop")
+    else:
+        found = client.messages.create(**request)
+    assert (found.type, found.role, found.model) == ("message", "assistant", MODEL)
+    blocks = [(b.type, b) for b in found.content]
+    uses = tuple((b.id, b.name, b.input) for t, b in blocks if t == "tool_use")
+    assert found.stop_reason == ("tool_use" if uses else "end_turn")
+    for kind, block in blocks:
+        assert kind != "thinking" or block.signature
+    read = found.usage.cache_read_input_tokens or 0
+    usage = found.usage.input_tokens + read, read, found.usage.output_tokens
+    text = "".join(b.text for t, b in blocks if t == "text")
+    thought = "".join(b.thinking for t, b in blocks if t == "thinking")
+    return OcSaid(text, thought, uses, usage)
+
+
+def oc_by_openai(client: Any, request: dict[str, Any], stream: bool) -> OcSaid:
+    if stream:
+        request = {**request, "stream_options": {"include_usage": True}}
+        chunks = list(client.chat.completions.create(**request, stream=True))
+        assert [c.usage is None for c in chunks[:-1]] == [True] * len(chunks[:-1])
+        assert chunks[-1].choices == []
+        return oc_joined(chunks)
+    found = client.chat.completions.create(**request)
+    assert found.object == "chat.completion"
+    (choice,) = found.choices
+    said = choice.message
+    uses = tuple(
+        (c.id, c.function.name, json.loads(c.function.arguments))
+        for c in said.tool_calls or ()
+    )
+    assert choice.finish_reason == ("tool_calls" if uses else "stop")
+    thought = getattr(said, "reasoning_content", None) or ""
+    return OcSaid(said.content or "", thought, uses, oc_counts(found.usage))
+
+
+def oc_counts(usage: Any) -> tuple[int, int, int]:
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    cached = usage.prompt_tokens_details.cached_tokens
+    return usage.prompt_tokens, cached, usage.completion_tokens
+
+
+def oc_joined(chunks: Sequence[Any]) -> OcSaid:
+    """Return what the chunks of a completion say together."""
+    text = thought = ""
+    names: dict[int, tuple[str, str]] = {}
+    written: dict[int, str] = {}
+    finishes = []
+    for one in (c for item in chunks for c in item.choices):
+        finishes += [one.finish_reason] if one.finish_reason else []
+        text += one.delta.content or ""
+        thought += getattr(one.delta, "reasoning_content", None) or ""
+        for call in one.delta.tool_calls or ():
+            if call.id:
+                assert call.index not in names
+                names[call.index] = call.id, call.function.name
+            written.setdefault(call.index, "")
+            written[call.index] += call.function.arguments or ""
+    assert finishes == ["tool_calls" if names else "stop"]
+    uses = tuple((*names[i], json.loads(written[i])) for i in sorted(names))
+    return OcSaid(text, thought, uses, oc_counts(chunks[-1].usage))
+
+
+# -- normal forms --------------------------------------------------------------
+
+
+def oc_normal_openai(request: Mapping[str, Any]) -> Any:
+    """Return messages and tools, however their texts are written."""
+    messages = []
+    for one in request["messages"]:
+        said = {k: v for k, v in one.items() if v is not None}
+        if isinstance(said.get("content"), str):
+            said["content"] = [{"type": "text", "text": said["content"]}]
+        for call in said.get("tool_calls", ()):
+            function = call["function"]
+            function["arguments"] = json.loads(function["arguments"])
+        messages.append(said)
+    return messages, request.get("tools", []), request.get("reasoning_effort")
+
+
+def oc_normal_native(request: Mapping[str, Any]) -> Any:
+    def blocks(content: Any) -> Any:
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}]
+        found = []
+        for one in content:
+            block = {k: v for k, v in one.items() if k not in ("signature", "caller")}
+            if "content" in block:
+                block["content"] = blocks(block["content"])
+            found.append(block)
+        return found
+
+    messages = [
+        (
+            m["role"],
+            blocks([b for b in blocks(m["content"]) if b["type"] != "thinking"]),
+        )
+        for m in request["messages"]
+    ]
+    system = blocks(request.get("system", []))
+    wishes = request.get("thinking"), request.get("output_config")
+    return messages, system, request.get("tools", []), wishes
+
+
+def oc_check_sent(up: ScriptedUpstream, dialect: str, talk: OcTalk) -> None:
+    """Check what an upstream got, and with which credential."""
+    request = up.requests[-1]
+    sent = json.loads(request.body)
+    assert (sent["model"], sent["max_tokens"]) == (MODEL, 999)
+    assert request.values("authorization") + request.values("x-api-key") in (
+        [up.token],
+        [f"Bearer {up.token}"],
+    )
+    assert b"of-the-client" not in b"".join(request.lines)
+    assert request.values("content-type") == ["application/json"]
+    if dialect == "openai":
+        assert (request.method, request.target) == ("POST", OC_CHAT)
+        names = [line.partition(b":")[0].lower() for line in request.lines]
+        assert not [n for n in names if n.startswith((b"anthropic", b"x-stainless"))]
+        assert oc_normal_openai(sent) == oc_normal_openai(oc_openai_request(talk))
+    else:
+        assert request.target.partition("?")[0] == "/v1/messages"
+        assert request.values("anthropic-version") == ["2023-06-01"]
+        assert oc_normal_native(sent) == oc_normal_native(oc_native_request(talk))
+
+
+#: The client's API, the upstream's.
+OC_WAYS = [("anthropic", "openai"), ("openai", "anthropic"), ("openai", "openai")]
+OC_CALLS: tuple[OcCall, ...] = (
+    ("call_1", "look", {"q": "a"}),
+    ("call_2", "get_weather", {"q": OC_ODD, "n": [1, {"x": None}]}),
+    ("call_3", "look", {}),
+)
+OC_HI = (("user", "hi"),)
+#: What is asked, and what is answered to it.
+OC_LIST = {
+    "text": (OcTalk(OC_HI), OcSaid("Hello, you.")),
+    "turns": (
+        OcTalk((*OC_HI, ("said", OcSaid("Hello.")), ("user", "more")), "Be brief."),
+        OcSaid("More."),
+    ),
+    "image": (OcTalk((("image", OC_PNG),)), OcSaid("A dot.")),
+    "thinking": (OcTalk(OC_HI, thinks=True), OcSaid("42", f"Let me see: {OC_ODD}")),
+    "long system": (OcTalk(OC_HI, "word é " * 30_000), OcSaid("ok")),
+    "long answer": (OcTalk(OC_HI), OcSaid("wörd " * 900)),
+    "unicode": (OcTalk((("user", OC_ODD),), OC_ODD), OcSaid(OC_ODD)),
+    "tools": (OcTalk(OC_HI, tools=OC_TOOLS), OcSaid("Let me.", calls=OC_CALLS)),
+    "tools after thought": (
+        OcTalk(OC_HI, tools=OC_TOOLS, thinks=True),
+        OcSaid("", "hm", OC_CALLS[:2]),
+    ),
+}
+
+
+@at_both_ends
+@pytest.mark.parametrize(("api", "dialect"), OC_WAYS)
+@at_the_newest
+class TestSdksOverDialects:
+    """The official SDKs pass the same conversations, whatever the upstream speaks."""
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("name", OC_LIST)
+    def test_a_conversation(
+        self, oc_sdks: OcSdks, lab: Lab, api: str, dialect: str, name: str, stream: bool
+    ) -> None:
+        talk, said = OC_LIST[name]
+        proxy, up = oc_over(lab, dialect, oc_answering(dialect, said))
+        assert oc_sdks.ask(proxy, api, talk, stream) == said
+        oc_check_sent(up, dialect, talk)
+        assert oc_asked(up).get("stream", False) is stream
+        options = oc_asked(up).get("stream_options")
+        assert options == ({"include_usage": True} if stream else None) or (
+            dialect == "anthropic"
+        )
+        assert stream or proxy.row()["ended"] == "ok"  # see the test of [DONE]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_results_of_parallel_tools_go_back(
+        self, oc_sdks: OcSdks, lab: Lab, api: str, dialect: str, stream: bool
+    ) -> None:
+        called, end = OcSaid("Let me.", calls=OC_CALLS), OcSaid("All is well.")
+        proxy, up = oc_over(lab, dialect, oc_answering(dialect, called, end))
+        first = OcTalk(OC_HI, "Be brief.", OC_TOOLS)
+        said = oc_sdks.ask(proxy, api, first, stream)
+        assert said == called
+        results = tuple((i, f"{n}: {OC_ODD}") for i, n, _ in said.calls)
+        turns = (*OC_HI, ("said", said), ("results", results))
+        second = first._replace(turns=turns)
+        assert oc_sdks.ask(proxy, api, second, stream) == end
+        oc_check_sent(up, dialect, second)
+
+    @pytest.mark.parametrize("fault", OC_ERRORS, ids=[str(e[0]) for e in OC_ERRORS])
+    def test_an_error_is_typed_and_in_the_upstream_s_words(
+        self,
+        oc_sdks: OcSdks,
+        lab: Lab,
+        api: str,
+        dialect: str,
+        fault: tuple[int, str, str],
+    ) -> None:
+        status, name, words = fault
+        stream = status in (400, 500)
+        error: dict[str, Any] = {"message": words, "type": "of_theirs", "code": None}
+        if dialect == "anthropic":
+            error = {"type": OC_KINDS[status], "message": words}
+        body = oc_dump({"type": "error", "error": error})
+        fields = ("retry-after: 7", "x-request-id: r1")
+        proxy, _ = oc_over(lab, dialect, says(status, body, *fields))
+        sdk = oc_sdks.errors(api)
+        with pytest.raises(getattr(sdk, name)) as caught:
+            oc_sdks.ask(proxy, api, OcTalk(OC_HI), stream)
+        found = caught.value
+        assert found.status_code == status
+        assert found.response.headers["retry-after"] == "7"
+        if api == "anthropic":
+            assert found.body["type"] == "error"
+            assert found.body["error"]["type"] == OC_KINDS[status]
+            assert found.body["error"]["message"] == words
+        else:
+            assert found.body["message"] == words  # the SDK takes `error` out
+            assert (found.body["type"] == "server_error") == (status == 500)
+            assert set(found.body) == {"message", "type", "param", "code"}
+
+    def test_an_error_in_mid_stream_reaches_the_client(
+        self, oc_sdks: OcSdks, lab: Lab, api: str, dialect: str
+    ) -> None:
+        begun = OcSaid("Hello, you.")
+        if dialect == "openai":
+            broken = oa_data({"error": {"message": "out of luck", "code": 529}})
+            events = [*oc_openai_events(begun)[:3], broken, OC_DONE]
+        else:
+            kind = {"type": "overloaded_error", "message": "out of luck"}
+            events = [*oc_native_events(begun)[:3], oc_event("error", error=kind)]
+        proxy, _ = oc_over(lab, dialect, streams(*events))
+        with pytest.raises(oc_sdks.errors(api).APIError, match="out of luck"):
+            oc_sdks.ask(proxy, api, OcTalk(OC_HI), True)
+        assert proxy.row()["ended"] == "upstream_error"
+
+
+# -- failover between dialects -----------------------------------------------
+
+OC_DIALECTS = ("anthropic", "openai", "zed")
+OC_PAIRS = [(a, b) for a in OC_DIALECTS for b in OC_DIALECTS if a != b]
+
+
+def oc_early(dialect: str) -> Answering:
+    """Return what begins its answer with an error event."""
+    error = {"type": "overloaded_error", "message": "full"}
+    if dialect == "zed":
+        failed = {"status": {"failed": {"code": "upstream_http_529", "message": "x"}}}
+        return told(oc_dump(failed) + b"\n", "content-type: application/x-ndjson")
+    if dialect == "openai":
+        return oc_spoiling(oa_data({"error": {"message": "full", "code": 529}}))
+    return oc_spoiling(oc_event("error", error=error))
+
+
+def oc_spoiling(event: bytes) -> Answering:
+    def answering(wire: Wire, _: Received) -> None:
+        wire.deny()
+        wire.stream(event)
+
+    return answering
+
+
+def oc_one(lab: Lab, dialect: str, answering: Answering) -> Any:
+    """Return an upstream of a dialect, which for Zed's gives tokens too."""
+    up = lab.upstream(oc_minting(answering) if dialect == "zed" else answering)
+    return up, oc_endpoint(up, dialect, name=dialect)
+
+
+@at_the_newest
+class TestFailoverBetweenDialects:
+    @pytest.mark.parametrize(
+        ("how", "stream"),
+        [("500", False), ("500", True), ("refused", True), ("early", True)],
+    )
+    @pytest.mark.parametrize(("first", "second"), OC_PAIRS)
+    def test_one_fails_the_other_serves(
+        self, lab: Lab, first: str, second: str, how: str, stream: bool
+    ) -> None:
+        fails = oc_early(first) if how == "early" else says(500, b'{"error": "no"}')
+        _, entry = oc_one(lab, first, fails)
+        if how == "refused":
+            entry["baseURL"] = lab.refusing()
+        good, other = oc_one(lab, second, oc_answering(second, OcSaid("Hello.")))
+        proxy, *_ = gated(lab, entry, other, totalSeconds=60)
+        answer = oc_post(proxy, stream=stream).answer()
+        assert (answer.status, served_by(answer)) == (200, second), answer
+        if stream:
+            assert oc_text(answer.body) == "Hello."
+            assert oc_kinds(answer.body)[-1] == "message_stop"
+        else:
+            assert answer.json()["content"] == [{"type": "text", "text": "Hello."}]
+        assert trail(answer).endswith(f"{second} 200")
+        assert calls(good)[-1] >= 1
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_all_three_are_tried_in_turn(self, lab: Lab, stream: bool) -> None:
+        fails = {"openai": says(500, b"<p>no"), "zed": oc_early("zed")}
+        answers = {**fails, "anthropic": oc_answering("anthropic", OcSaid("Hello."))}
+        made = [oc_one(lab, name, how) for name, how in answers.items()]
+        listed = [{**entry, "priority": n} for n, (_, entry) in enumerate(made)]
+        proxy, *_ = gated(lab, *listed)
+        answer = oc_post(proxy, stream=stream).answer()
+        assert (served_by(answer), b"Hel" in answer.body) == ("anthropic", True)
+        assert trail(answer).startswith("openai 500, zed 5")
+        assert len(trail(answer).split(", ")) <= 4  # one more try of what is overloaded
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(("first", "second"), OC_PAIRS)
+    def test_a_conversation_with_tools_survives_the_move(
+        self, oc_sdks: OcSdks, lab: Lab, first: str, second: str, stream: bool
+    ) -> None:
+        called = OcSaid("Let me.", "hm", OC_CALLS)
+        end = OcSaid("All is well.")
+        begins = in_turn(oc_answering(first, called), says(500, b"{}"))
+        _, entry = oc_one(lab, first, begins)
+        b, other = oc_one(lab, second, oc_answering(second, end))
+        proxy, *_ = over(lab, entry, {**other, "priority": 1})
+        talk = OcTalk(OC_HI, "Be brief.", OC_TOOLS, thinks=True)
+        url = f"http://127.0.0.1:{proxy.port}"
+        options = {"base_url": url, "api_key": "sk-x", "max_retries": 0}
+        request = oc_native_request(talk)
+        lab.counted += 2
+        with oc_sdks.anthropic.Anthropic(**options) as client:
+            said = oc_turn(client, request, stream)
+            results = tuple((i, "fine") for i, _, _ in OC_CALLS)
+            request["messages"] += [
+                {"role": "assistant", "content": said.content},
+                oc_native_turn("results", results),
+            ]
+            answer = oc_turn(client, request, stream)
+        assert answer.content[0].text == "All is well."
+        thinking, text, *uses = said.content
+        assert (thinking.thinking, text.text) == ("hm", "Let me.")
+        unsigned = thinking.signature == claude_lb.UNSIGNED
+        assert unsigned == (first == "openai")
+        assert tuple((u.id, u.name, u.input) for u in uses) == OC_CALLS
+        sent = oc_asked(b)
+        if second == "openai":
+            _, _, turn, *told_back = sent["messages"]
+            assert turn["reasoning_content"] == "hm"
+            assert [c["id"] for c in turn["tool_calls"]] == [c[0] for c in OC_CALLS]
+            assert [m["tool_call_id"] for m in told_back] == [c[0] for c in OC_CALLS]
+            return
+        sent = sent["provider_request"] if second == "zed" else sent
+        blocks = sent["messages"][1]["content"]
+        kept = ["text"] + ["tool_use"] * 3
+        assert [x["type"] for x in blocks] == ["thinking"] * (not unsigned) + kept
+        assert claude_lb.UNSIGNED not in json.dumps(sent)
+        assert [x["tool_use_id"] for x in sent["messages"][2]["content"]] == [
+            c[0] for c in OC_CALLS
+        ]
+
+    def test_unsigned_thinking_stays_for_those_who_made_it(self, lab: Lab) -> None:
+        thought = OcSaid("42", "hm")
+        proxy, up = oc_over(lab, "openai", oc_answering("openai", thought))
+        said = oc_post(proxy, stream=False).answer().json()
+        turns = [*HELLO, {"role": "assistant", "content": said["content"]}, *HELLO]
+        assert oc_post(proxy, messages=turns).answer().status == 200
+        assert oc_asked(up)["messages"][1]["reasoning_content"] == "hm"
+
+    def test_what_one_dialect_has_no_words_for_goes_to_another(self, lab: Lab) -> None:
+        up, entry = oc_one(lab, "openai", oc_answering("openai", OcSaid("no")))
+        _, other = oc_one(lab, "anthropic", oc_answering("anthropic", OcSaid("y")))
+        tool = {"type": "web_search_20250305", "name": "web_search"}
+        proxy, *_ = over(lab, entry, other)
+        for _ in "ab":
+            answer = oc_post(proxy, tools=[tool], stream=False).answer()
+            assert served_by(answer) == "anthropic"
+        assert (calls(up), states(proxy)["openai"].cooldowns) == ([0], ())
+        alone, _ = oc_over(lab, "openai", oc_answering("openai", OcSaid("no")))
+        answer = oc_post(alone, tools=[tool]).answer()
+        assert "tools.0.type: " in own_error(answer, 400, "invalid_request_error")
+
+    def test_nothing_is_replayed_after_the_first_content(self, lab: Lab) -> None:
+        events = oc_openai_events(OcSaid("Hello, you."))[:3]
+
+        def cut(wire: Wire, _: Received) -> None:
+            wire.stream(*events, end=False)
+            raise ConnectionResetError
+
+        up, entry = oc_one(lab, "openai", cut)
+        native, other = oc_one(lab, "anthropic", oc_answering("anthropic", OcSaid("n")))
+        proxy, *_ = gated(lab, entry, {**other, "priority": 1})
+        body = oc_rest(oc_headed(oc_post(proxy)))
+        assert oc_ended(body)["type"] == "api_error"
+        assert (calls(up, native), rules(proxy, "openai")) == ([1, 0], ["cut-late"])
+
+
+def oc_turn(client: Any, request: dict[str, Any], stream: bool) -> Any:
+    if not stream:
+        return client.messages.create(**request)
+    with client.messages.stream(**request) as answer:
+        return answer.get_final_message()
+
+
+# -- what users of other balancers met ----------------------------------------
+
+
+class TestForeignFailuresReproducedElsewhere:
+    """R18 and R24 to R29, where an endpoint speaks OpenAI's dialect."""
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_r18_top_k_works_and_an_identical_request_does_not_hang(
+        self, lab: Lab, stream: bool
+    ) -> None:
+        answering = oc_answering("openai", OcSaid("Hello."))
+        proxy, up = oc_over(lab, "openai", answering, balancing={"dedupe": True})
+        for _ in "abc":
+            answer = oc_post(proxy, top_k=5, stream=stream).answer()
+            assert answer.status == 200
+            assert b"Hello." in answer.body
+        assert [json.loads(r.body)["top_k"] for r in up.requests] == [5, 5, 5]
+
+    def test_r18_waiters_are_released_when_their_leader_fails(self, lab: Lab) -> None:
+        go = lab.gate()
+        failing = after(go, says(400, b'{"error": {"message": "top_k: no"}}'))
+        proxy, _ = oc_over(lab, "openai", failing, balancing={"dedupe": True})
+        clients = []
+        for number in range(3):
+            clients.append(oc_post(proxy, top_k=5))
+            under_way(proxy, number + 1)
+        go.set()
+        for client in clients:
+            answer = client.answer()
+            assert answer.status == 400
+            assert answer.json()["error"]["message"] == "top_k: no"
+
+    @pytest.mark.parametrize("dialect", ["anthropic", "openai"])
+    def test_r24_a_thinking_block_in_the_history_passes(
+        self, lab: Lab, dialect: str
+    ) -> None:
+        said = ("said", OcSaid("Hello.", "hm"))
+        talk = OcTalk((*OC_HI, said, ("user", "more")))
+        proxy, up = oc_over(lab, dialect, oc_answering(dialect, OcSaid("ok")))
+        request = oc_native_request(talk)
+        assert oc_post(proxy, **request).answer().status == 200
+        turn = oc_asked(up)["messages"][1]
+        if dialect == "anthropic":
+            assert turn == request["messages"][1]
+        else:
+            assert (turn["content"], turn["reasoning_content"]) == ("Hello.", "hm")
+
+    def test_r25_an_anthropic_endpoint_beside_another_gets_each_byte(
+        self, lab: Lab
+    ) -> None:
+        cached = {"type": "ephemeral", "ttl": "1h"}
+        thought = {"type": "thinking", "thinking": "\u2028", "signature": "EqQB=="}
+        body = message(
+            thinking={"type": "enabled", "budget_tokens": 1024},
+            service_tier="auto",
+            of_tomorrow=[1],
+            system=[{"type": "text", "text": "s", "cache_control": cached}],
+            tools=[{"name": "t", "input_schema": {}, "cache_control": cached}],
+            messages=[{"role": "assistant", "content": [thought]}],
+        ).replace(b'"max_tokens": 1', b'"max_tokens" :\t1')
+        raw = b'event: x\ndata: {"t":  "\xe2\x80\xa8"}\n\n'
+        native, entry = oc_one(lab, "anthropic", streams(START, raw, STOP))
+        _, other = oc_one(lab, "openai", says(500, b"{}"))
+        listed = ([other, entry], [entry, {**other, "priority": 1}])
+        for pool in listed:
+            proxy, *_ = over(lab, *pool, balancing=BY_CONVERSATION)
+            answer = proxy.post(body)
+            assert (served_by(answer), answer.body) == ("anthropic", START + raw + STOP)
+            lab.generating.clear()
+        assert [r.body for r in native.requests] == [body, body]
+
+    @pytest.mark.parametrize("api", ["anthropic", "openai"])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_r26_the_mapped_model_is_sent_and_the_client_s_shown(
+        self, lab: Lab, stream: bool, api: str
+    ) -> None:
+        up, entry = oc_one(lab, "openai", oc_answering("openai", OcSaid("Hello.")))
+        routes = {"*sonnet*": [{"endpoint": "openai", "model": "org/mapped:free"}]}
+        proxy, *_ = over(lab, entry, routes=routes)
+        ask = oc_post if api == "anthropic" else oc_chat
+        answer = ask(proxy, stream=stream).answer()
+        assert oc_asked(up)["model"] == "org/mapped:free"
+        assert f'"model":"{MODEL}"'.encode() in answer.body
+        assert b"mapped" not in answer.body
+
+    def test_r27_a_stream_has_the_full_sequence(self, lab: Lab) -> None:
+        said = OcSaid("Hello.", "hm", OC_CALLS[:2])
+        proxy, _ = oc_over(lab, "openai", oc_answering("openai", said))
+        answer = oc_post(proxy).answer()
+        block = ["content_block_start", "content_block_delta", "content_block_stop"]
+        whole = ["message_start", *block * 4, "message_delta", "message_stop"]
+        assert oc_kinds(answer.body) == whole
+        assert answer.field("content-type").startswith("text/event-stream")
+
+    def test_r28_turns_with_tools_are_converted(self, lab: Lab) -> None:
+        said = OcSaid("Let me.", calls=OC_CALLS)
+        results = [(c[0], "x") for c in OC_CALLS]
+        talk = OcTalk((*OC_HI, ("said", said), ("results", results)), tools=OC_TOOLS)
+        proxy, up = oc_over(lab, "openai", oc_answering("openai", OcSaid("ok")))
+        assert oc_post(proxy, **oc_native_request(talk)).answer().status == 200
+        wanted = oc_openai_request(talk)
+        assert oc_normal_openai(oc_asked(up)) == oc_normal_openai(wanted)
+
+    @pytest.mark.parametrize("dialect", ["anthropic", "openai"])
+    def test_r29_count_tokens_off_line_is_an_estimate(
+        self, lab: Lab, dialect: str
+    ) -> None:
+        proxy = lab.proxy(oc_endpoint(lab.refusing(), dialect))
+        answer = proxy.ask("POST", COUNT_TOKENS, message(messages=HELLO))
+        assert (answer.status, answer.field("x-claude-lb-estimate")) == (200, "1")
+        assert 0 < answer.json()["input_tokens"] < 100
+
+
+# -- streams -------------------------------------------------------------------
+
+OC_START = oc_openai_chunk({"role": "assistant", "content": ""})
+OC_END = oc_openai_chunk({}, "stop")
+
+
+def oc_delta(text: object) -> bytes:
+    return oc_openai_chunk({"content": str(text)})
+
+
+def oc_by_turns(turns: Sequence[threading.Event], dialect: str) -> Answering:
+    """Return what streams an event after each turn, then the end."""
+    openai = dialect == "openai"
+
+    def answering(wire: Wire, _: Received) -> None:
+        first = (OC_START, oc_delta("first")) if openai else (START, oc_begun())
+        wire.stream(*first, end=False)
+        for number, turn in enumerate(turns):
+            assert turn.wait(3 * BOUND_S)
+            wire.send(chunk((oc_delta if openai else delta)(f"<{number}>")))
+        wire.send(chunk(OC_END + OC_DONE if openai else STOP) + b"0\r\n\r\n")
+
+    return answering
+
+
+def oc_begun() -> bytes:
+    block = {"type": "text", "text": ""}
+    return sse("content_block_start", index=0, content_block=block) + delta("first")
+
+
+def oc_chunks(body: bytes) -> list[Any]:
+    """Return the chunks of a completion's stream, which must be whole."""
+    assert body.endswith(OC_DONE), body[-300:]
+    found = re.findall(rb"(?m)^data: (\{.*\})$", body)
+    return [json.loads(one) for one in found]
+
+
+@at_the_oldest
+class TestStreamsBetweenDialects:
+    @pytest.mark.parametrize("gate", [0, 30])
+    @pytest.mark.parametrize(("api", "dialect"), OC_WAYS)
+    def test_no_event_waits_for_a_later_one(
+        self, lab: Lab, api: str, dialect: str, gate: int
+    ) -> None:
+        turns = [lab.gate() for _ in range(4)]
+        answering = oc_by_turns(turns, dialect)
+        proxy, _ = oc_over(lab, dialect, answering, gateSeconds=gate)
+        client = (oc_post if api == "anthropic" else oc_chat)(proxy)
+        assert client.head().status == 200
+        seen = oc_reads(client, b"first")
+        for number, turn in enumerate(turns):
+            turn.set()
+            seen += oc_reads(client, b"<%d>" % number)
+        seen += client.rest()
+        assert (b"message_stop" if api == "anthropic" else OC_DONE) in seen
+
+    @pytest.mark.parametrize("kind", ["text", "thinking", "tool"])
+    def test_the_first_byte_does_not_wait_for_a_second_event(
+        self, lab: Lab, kind: str
+    ) -> None:
+        go = lab.gate()
+        event = {
+            "text": oc_openai_chunk({"content": "now"}),
+            "thinking": oc_openai_chunk({"reasoning_content": "now"}),
+            "tool": oa_fragment(0, "call_1", "look", '{"q": "now'),
+        }[kind]
+
+        def answering(wire: Wire, _: Received) -> None:
+            wire.stream(event, end=False)
+            assert go.wait(3 * BOUND_S)
+            raise ConnectionResetError
+
+        proxy, _ = oc_over(lab, "openai", answering)
+        client = oc_post(proxy)
+        client.head()
+        oc_reads(client, b"now")
+        go.set()
+        assert b"error" in oc_rest(client)
+
+    @pytest.mark.parametrize("size", [1, 3, 1000])
+    def test_events_in_pieces_of_any_size(self, lab: Lab, size: int) -> None:
+        whole = b"".join(oc_openai_events(OcSaid(OC_ODD, "hm é", OC_CALLS)))
+        whole = b": OPENROUTER PROCESSING\n\n" + whole.replace(b"\n\n", b"\r\n\r\n")
+
+        def answering(wire: Wire, _: Received) -> None:
+            wire.send(CHUNKED_SSE)
+            pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
+            wire.send(b"".join(map(chunk, pieces)) + b"0\r\n\r\n")
+
+        proxy, _ = oc_over(lab, "openai", answering, gateSeconds=30)
+        assert oc_text(oc_post(proxy).answer().body) == OC_ODD
+
+    @pytest.mark.parametrize("api", ["anthropic", "openai"])
+    @pytest.mark.parametrize("how", ["close", "reset", "end", "no done"])
+    def test_a_cut_in_mid_stream_is_an_error_event(
+        self, lab: Lab, how: str, api: str
+    ) -> None:
+        go = lab.gate()
+
+        def answering(wire: Wire, _: Received) -> None:
+            wire.stream(OC_START, oc_delta("Hello"), end=False)
+            assert go.wait(3 * BOUND_S)
+            if how == "no done":
+                wire.send(chunk(OC_END))
+            if how in ("end", "no done"):
+                wire.send(b"0\r\n\r\n")
+            else:
+                wire.close(reset=how == "reset")
+
+        proxy, _ = oc_over(lab, "openai", answering)
+        client = (oc_post if api == "anthropic" else oc_chat)(proxy)
+        client.head()
+        oc_reads(client, b"Hello")
+        go.set()
+        body = oc_rest(client)
+        if how == "no done":  # a finish is an end
+            assert (b"message_stop" if api == "anthropic" else b"[DONE]") in body
+            assert proxy.row()["ended"] == "ok"
+            return
+        assert b'"error"' in body
+        assert b"[DONE]" not in body
+        if api == "anthropic":
+            assert oc_ended(body)["message"]
+        row = proxy.row()
+        assert row["ended"] in ("truncated", "upstream_error"), row
+        assert rules(proxy) != []
+
+    @pytest.mark.parametrize("api", ["anthropic", "openai"])
+    @pytest.mark.parametrize("how", ["close", "reset"])
+    def test_a_client_that_goes_after_the_last_event_has_its_answer(
+        self, lab: Lab, api: str, how: str
+    ) -> None:
+        """OpenAI's SDK does so: it closes the connection at [DONE]."""
+
+        def answering(wire: Wire, _: Received) -> None:
+            wire.stream(*oc_openai_events(OcSaid("Hello.")), end=False)
+            wire.wait_closed()
+
+        proxy, _ = oc_over(lab, "openai", answering)
+        client = oc_headed((oc_post if api == "anthropic" else oc_chat)(proxy))
+        oc_reads(client, b"message_stop" if api == "anthropic" else OC_DONE)
+        client.close(reset=how == "reset")
+        assert proxy.row()["ended"] == "ok"
+
+    @pytest.mark.parametrize("api", ["anthropic", "openai"])
+    @pytest.mark.parametrize("how", ["close", "silence"])
+    def test_an_upstream_that_does_not_end_after_its_last_event(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch, api: str, how: str
+    ) -> None:
+        """The answer is whole, and its client does not wait for the connection."""
+        hurry(monkeypatch)
+        go = lab.gate()
+
+        def answering(wire: Wire, _: Received) -> None:
+            wire.stream(*oc_openai_events(OcSaid("Hello.")), end=False)
+            assert how == "close" or go.wait(3 * BOUND_S)
+            raise HungUpError
+
+        up = lab.upstream(answering)
+        proxy = lab.proxy(oc_endpoint(up, "openai"), timeouts={"idle": 60})
+        ask = oc_post if api == "anthropic" else oc_chat
+        client = ask(proxy)
+        client.sock.settimeout(PROMPT_S)
+        body = client.answer().body
+        assert (b"message_stop" if api == "anthropic" else OC_DONE) in body
+        assert proxy.row()["ended"] == "ok"
+        assert rules(proxy) == []
+
+    @pytest.mark.parametrize("said", [OcSaid("Hello."), OcSaid("Let", "hm", OC_CALLS)])
+    @pytest.mark.parametrize(("api", "dialect"), OC_WAYS)
+    def test_a_whole_answer_to_a_request_for_a_stream(
+        self, oc_sdks: OcSdks, lab: Lab, api: str, dialect: str, said: OcSaid
+    ) -> None:
+        whole = oc_openai_message if dialect == "openai" else oc_native_message
+        proxy, _ = oc_over(lab, dialect, told(whole(said)), gateSeconds=30)
+        assert oc_sdks.ask(proxy, api, OcTalk(OC_HI, tools=OC_TOOLS), True) == said
+
+    @pytest.mark.parametrize("said", [OcSaid("Hello."), OcSaid("Let", "hm", OC_CALLS)])
+    @pytest.mark.parametrize(("api", "dialect"), OC_WAYS)
+    def test_a_stream_as_the_answer_to_a_plain_request(
+        self, oc_sdks: OcSdks, lab: Lab, api: str, dialect: str, said: OcSaid
+    ) -> None:
+        gate = 30 if said.calls else 0
+        make = oc_openai_events if dialect == "openai" else oc_native_events
+        proxy, _ = oc_over(lab, dialect, streams(*make(said)), gateSeconds=gate)
+        talk = OcTalk(OC_HI, tools=OC_TOOLS)
+        assert oc_sdks.ask(proxy, api, talk, False) == said
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("api", ["anthropic", "openai"])
+    def test_a_page_of_the_web_is_no_answer(
+        self, lab: Lab, stream: bool, api: str
+    ) -> None:
+        page = told(b"<!doctype html><p>Log in", "content-type: text/html")
+        proxy, _ = oc_over(lab, "openai", page)
+        answer = (oc_post if api == "anthropic" else oc_chat)(
+            proxy, stream=stream
+        ).answer()
+        assert answer.status == 502
+        assert "web page" in answer.json()["error"]["message"]
+        assert rules(proxy) == ["page"]
+
+    @pytest.mark.parametrize("body", [b"", b"{}", b"[1", b'{"choices": []}', b"null"])
+    def test_nonsense_is_no_answer(self, lab: Lab, body: bytes) -> None:
+        proxy, _ = oc_over(lab, "openai", told(body))
+        answer = oc_post(proxy, stream=False).answer()
+        own_error(answer, 502, "api_error")
+
+    def test_a_line_without_end_is_cut_off(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "LINE_BYTES", 200_000)
+        gone = threading.Event()
+
+        def answering(wire: Wire, _: Received) -> None:
+            try:
+                wire.stream(OC_START, oc_delta("Hello"), b'data: {"x": "', end=False)
+                while True:
+                    wire.send(chunk(b"x" * 50_000))
+            finally:
+                gone.set()
+
+        proxy, _ = oc_over(lab, "openai", answering)
+        client = oc_headed(oc_post(proxy))
+        body = oc_reads(client, b"event: error")
+        assert len(body) < 5000
+        assert gone.wait(PROMPT_S)
+        assert oc_ended(body + oc_rest(client))["type"] == "api_error"
+
+    @pytest.mark.parametrize(
+        "bad", [b"data: {nope\n\n", b"data: 7\n\n", b"data: []\n\n"]
+    )
+    def test_a_chunk_that_is_no_json_ends_the_answer(
+        self, lab: Lab, bad: bytes
+    ) -> None:
+        events = (OC_START, oc_delta("Hello"), bad, oc_delta("more"), OC_END, OC_DONE)
+        proxy, _ = oc_over(lab, "openai", streams(*events))
+        body = oc_rest(oc_headed(oc_post(proxy)))
+        assert (oc_text(body), oc_ended(body)["type"]) == ("Hello", "api_error")
+        assert proxy.row()["ended"] == "upstream_error"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_usage_that_is_not_told_is_not_known(
+        self, lab: Lab, stream: bool
+    ) -> None:
+        up = lab.upstream(oc_answering("openai", OcSaid("Hello.", usage=None)))
+        kept = keeping(lab, endpoints=[oc_endpoint(up, "openai", name="up0")])
+        answer = oc_post(kept, stream=stream).answer()
+        assert b"Hello." in answer.body
+        row = eventually(lambda: kept.get("/api/requests?limit=1"), "a row")[0]
+        assert counts_of(row) == (None,) * 5
+        assert row["cost_usd"] is None
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(("api", "dialect"), OC_WAYS)
+    def test_the_history_has_the_usage(
+        self, lab: Lab, api: str, dialect: str, stream: bool
+    ) -> None:
+        up = lab.upstream(oc_answering(dialect, OcSaid("Hello.")))
+        kept = keeping(lab, endpoints=[oc_endpoint(up, dialect, name="up0")])
+        ask = oc_post if api == "anthropic" else oc_chat
+        assert b"Hello." in ask(kept, stream=stream).answer().body
+        row = eventually(lambda: kept.get("/api/requests?limit=1"), "a row")[0]
+        assert counts_of(row)[:3] == (70, 7, 30)
+        assert row["model_asked"] == MODEL
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(("api", "dialect"), OC_WAYS)
+    def test_a_client_of_http_1_0(
+        self, lab: Lab, api: str, dialect: str, stream: bool
+    ) -> None:
+        proxy, _ = oc_over(lab, dialect, oc_answering(dialect, OcSaid("Hello.")))
+        asked = {"model": MODEL, "max_tokens": 9, "messages": HELLO, "stream": stream}
+        body = json.dumps(asked).encode()
+        path = "/v1/messages" if api == "anthropic" else OC_CHAT
+        head = f"POST {path} HTTP/1.0\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        client = proxy.client()
+        client.send(head.replace("Host: x", f"Host: 127.0.0.1:{proxy.port}").encode())
+        client.send(body, counts=0)
+        answer = client.answer()
+        assert answer.status == 200
+        assert answer.values("transfer-encoding") == []
+        if stream:
+            assert (b"message_stop" if api == "anthropic" else b"[DONE]") in answer.body
+        else:
+            assert b"Hello." in oc_dump(answer.json())
+
+    def test_a_slow_client_makes_the_proxy_stop_reading(self, lab: Lab) -> None:
+        stuck, count = threading.Event(), 4000
+        text = "x" * 20_000
+
+        def answering(wire: Wire, request: Received) -> None:
+            wire.stream(OC_START, end=False)
+            event = chunk(oc_delta(text))
+            for _ in range(count):
+                if not select.select([], [wire.sock], [], 0.5)[1]:
+                    stuck.set()
+                wire.send(event)
+            wire.send(chunk(OC_END + OC_DONE) + b"0\r\n\r\n")
+
+        proxy, _ = oc_over(lab, "openai", answering)
+        client = oc_headed(oc_post(proxy))
+        assert stuck.wait(BOUND_S), "80 MB went into a client that reads nothing"
+        size = sum(piece.count(b"x") for piece in iter(client.more, b""))
+        assert size >= count * len(text)
+        assert proxy.row()["ended"] == "ok"
+
+    @pytest.mark.parametrize(
+        ("phase", "how"),
+        [("unanswered", "close"), ("whole", "close"), ("stream", "reset")],
+    )
+    @pytest.mark.parametrize(("api", "dialect"), OC_WAYS)
+    def test_a_hang_up_closes_the_upstream(
+        self, lab: Lab, api: str, dialect: str, phase: str, how: str
+    ) -> None:
+        begun, gone = threading.Event(), threading.Event()
+        first = (
+            (OC_START, oc_delta("x")) if dialect == "openai" else (START, oc_begun())
+        )
+
+        def answering(wire: Wire, _: Received) -> None:
+            if phase == "stream":
+                wire.stream(*first, end=False)
+            elif phase == "whole":
+                kind = b"content-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+                wire.send(b"HTTP/1.1 200 OK\r\n" + kind)
+            begun.set()
+            wire.wait_closed()
+            gone.set()
+
+        proxy, _ = oc_over(lab, dialect, answering)
+        ask = oc_post if api == "anthropic" else oc_chat
+        client = ask(proxy, stream=phase == "stream")
+        assert begun.wait(BOUND_S)
+        if phase == "stream":
+            client.head()
+            client.more()
+        client.close(reset=how == "reset")
+        assert gone.wait(PROMPT_S)
+        assert proxy.row()["ended"] == "client_cancelled"
+        assert rules(proxy) == []
+
+    @pytest.mark.parametrize(("api", "dialect"), OC_WAYS)
+    def test_pings_break_a_silence(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch, api: str, dialect: str
+    ) -> None:
+        hurry(monkeypatch, PING_S=0.05)
+        go = lab.gate()
+        answering = oc_by_turns([go], dialect)
+        proxy, _ = oc_over(lab, dialect, answering)
+        client = oc_headed((oc_post if api == "anthropic" else oc_chat)(proxy))
+        ping = b"event: ping" if api == "anthropic" else b": ping\n\n"
+        seen = oc_reads(client, b"first")
+        while seen.count(ping) < 3:
+            seen += client.more()
+        go.set()
+        seen += client.rest()
+        assert b"<0>" in seen
+        if api == "openai":
+            said = [c["choices"][0]["delta"] for c in oc_chunks(seen)]
+            assert "".join(d.get("content") or "" for d in said) == "first<0>"
+        assert proxy.row()["ended"] == "ok"
+
+    def test_an_upstream_that_falls_silent_is_a_cut_with_an_error(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hurry(monkeypatch, PING_S=0.05)
+        up = lab.upstream(oc_by_turns([lab.gate()], "openai"))
+        proxy = lab.proxy(oc_endpoint(up, "openai"), timeouts={"idle": 0.3})
+        body = oc_rest(oc_headed(oc_post(proxy)))
+        assert b"event: ping" in body
+        assert oc_ended(body)["type"] == "api_error"
+        assert proxy.row()["ended"] == "truncated"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_who_asks_for_the_same_gets_the_same(self, lab: Lab, stream: bool) -> None:
+        go = lab.gate()
+        answering = after(go, oc_answering("openai", OcSaid("Hello.", calls=OC_CALLS)))
+        proxy, up = oc_over(lab, "openai", answering, balancing={"dedupe": True})
+        clients = []
+        for number in range(3):
+            clients.append(oc_post(proxy, stream=stream))
+            under_way(proxy, number + 1)
+        go.set()
+        answers = [client.answer() for client in clients]
+        assert {a.status for a in answers} == {200}
+        assert len({a.body for a in answers}) == 1
+        assert b"Hello." in answers[0].body or oc_text(answers[0].body) == "Hello."
+        assert calls(up) == [1]
+
+    def test_openai_s_clients_do_not_share_with_anthropic_s(self, lab: Lab) -> None:
+        go = lab.gate()
+        answering = after(go, oc_answering("openai", OcSaid("Hello.")))
+        proxy, up = oc_over(lab, "openai", answering, balancing={"dedupe": True})
+        clients = [oc_post(proxy), oc_chat(proxy), oc_chat(proxy)]
+        eventually(lambda: calls(up) == [3], "three requests")
+        go.set()
+        bodies = [client.answer().body for client in clients]
+        assert [b"[DONE]" in body for body in bodies] == [False, True, True]
+
+    @pytest.mark.parametrize("api", ["anthropic", "openai"])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_an_error_s_body_that_is_very_long(
+        self, lab: Lab, stream: bool, api: str
+    ) -> None:
+        words = "out of words " + "x" * 300_000
+        body = oc_dump({"error": {"message": words, "type": "x"}})
+        proxy, _ = oc_over(lab, "openai", says(400, body))
+        ask = oc_post if api == "anthropic" else oc_chat
+        answer = ask(proxy, stream=stream).answer()
+        assert answer.status == 400
+        assert "out of words" in answer.json()["error"]["message"]
+        assert oc_post(proxy).answer().status == 400
+
+    @pytest.mark.parametrize("api", ["anthropic", "openai"])
+    @pytest.mark.parametrize("dialect", ["anthropic", "openai"])
+    def test_an_error_s_body_that_is_encoded(
+        self, lab: Lab, api: str, dialect: str
+    ) -> None:
+        body = gzip.compress(oc_dump({"error": {"message": "no", "type": "x"}}))
+        proxy, up = oc_over(lab, dialect, says(400, body, "content-encoding: gzip"))
+        ask = oc_post if api == "anthropic" else oc_chat
+        answer = ask(proxy, stream=False).answer()
+        assert answer.status == 400
+        if answer.field("content-encoding") == "gzip":
+            assert json.loads(gzip.decompress(answer.body))["error"]["message"]
+        else:
+            assert answer.json()["error"]["message"]
+        if (api, dialect) != ("anthropic", "anthropic"):
+            assert up.requests[0].values("accept-encoding") in ([], ["identity"])
+
+    @pytest.mark.parametrize(("api", "dialect"), OC_WAYS)
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_an_encoded_answer_is_no_fault_of_ours(
+        self, lab: Lab, api: str, dialect: str, stream: bool
+    ) -> None:
+        """Nobody asked for it: it is an error, and never bytes of nonsense."""
+        make = oc_openai_message if dialect == "openai" else oc_native_message
+        data = make(OcSaid("Hello."))
+        kind = "application/json"
+        if stream:
+            events = oc_openai_events if dialect == "openai" else oc_native_events
+            data, kind = b"".join(events(OcSaid("Hello."))), "text/event-stream"
+        fields = ("content-encoding: gzip", f"content-type: {kind}")
+        proxy, up = oc_over(lab, dialect, told(gzip.compress(data), *fields))
+        ask = oc_post if api == "anthropic" else oc_chat
+        answer = ask(proxy, stream=stream).answer()
+        assert answer.field("content-encoding") == ""
+        assert answer.status == 502 or b"Hello." in answer.body
+        assert up.requests[0].values("accept-encoding") in ([], ["identity"])
+
+
+def oc_headed(client: Client) -> Client:
+    assert client.head().status == 200
+    return client
+
+
+def oc_reads(client: Client, marker: bytes) -> bytes:
+    """Read until `marker` has come, without a limit to what comes with it."""
+    seen = b""
+    while marker not in seen:
+        piece = client.more()
+        assert piece, f"the body ended before {marker!r}: {seen[-200:]!r}"
+        seen += piece
+    return seen
+
+
+def oc_rest(client: Client) -> bytes:
+    """Return what comes, to the end or to a cut."""
+    seen = b""
+    with contextlib.suppress(Exception):
+        for piece in iter(client.more, b""):
+            seen += piece
+    return seen
+
+
+@at_the_newest
+class TestOpenAIEndpoints:
+    """What the settings of an endpoint change, and errors of our own."""
+
+    @pytest.mark.parametrize(
+        ("base", "settings", "target"),
+        [
+            ("", {}, "/v1/chat/completions"),
+            ("/v1", {}, "/v1/chat/completions"),
+            ("/v1/", {}, "/v1/chat/completions"),
+            ("/api/v1", {}, "/api/v1/chat/completions"),
+            ("/v1beta/openai", {}, "/v1beta/openai/chat/completions"),
+            ("/v1/chat/completions", {}, "/v1/chat/completions"),
+            (
+                "/openai/deployments/d",
+                {"path": "/chat/completions?api-version=2024-10-21"},
+                "/openai/deployments/d/chat/completions?api-version=2024-10-21",
+            ),
+        ],
+    )
+    def test_where_it_is_asked(
+        self, lab: Lab, base: str, settings: dict[str, Any], target: str
+    ) -> None:
+        up = lab.upstream(oc_answering("openai", OcSaid("Hello.")))
+        entry = oc_endpoint(up, "openai", **({"openai": settings} if settings else {}))
+        proxy = lab.proxy({**entry, "baseURL": up.url + base})
+        body = json.dumps({"model": MODEL, "max_tokens": 9, "messages": HELLO}).encode()
+        fields = ("anthropic-beta: x-2025", "x-app: cli", "Accept-Encoding: br, gzip")
+        answer = proxy.ask("POST", "/v1/messages?beta=true", body, *fields)
+        assert answer.status == 200
+        (request,) = up.requests
+        assert (request.method, request.target) == ("POST", target)
+        assert request.values("accept-encoding") in ([], ["identity"])
+        assert request.values("anthropic-beta") + request.values("x-app") == []
+
+    def test_what_is_sent_follows_the_settings(self, lab: Lab) -> None:
+        up = lab.upstream(oc_answering("openai", OcSaid("Hello.")))
+        own = {
+            "keyField": "api-key",
+            "maxTokensField": "max_completion_tokens",
+            "extraBody": {"provider": {"sort": "price"}, "top_k": 3},
+            "reasoning": False,
+            "streamUsage": False,
+        }
+        proxy = lab.proxy(oc_endpoint(up, "openai", openai=own))
+        thinking = {"type": "enabled", "budget_tokens": 2048}
+        answer = oc_post(proxy, thinking=thinking, top_k=5, max_tokens=4096).answer()
+        assert oc_text(answer.body) == "Hello."
+        (request,) = up.requests
+        assert request.values("api-key") == [up.token]
+        assert request.values("authorization") == []
+        assert oc_asked(up) == {
+            "model": MODEL,
+            "messages": HELLO,
+            "max_completion_tokens": 4096,
+            "top_k": 3,
+            "stream": True,
+            "provider": {"sort": "price"},
+        }
+
+    def test_a_chunked_request_is_taken(self, lab: Lab) -> None:
+        proxy, up = oc_over(lab, "openai", oc_answering("openai", OcSaid("Hello.")))
+        for path in (OC_CHAT, "/v1/messages"):
+            asked = {"model": MODEL, "max_tokens": 9, "messages": HELLO}
+            body = chunk(json.dumps(asked).encode()) + b"0\r\n\r\n"
+            answer = proxy.ask("POST", path, body, "Transfer-Encoding: chunked")
+            assert answer.status == 200
+            assert b"Hello." in answer.body
+        assert calls(up) == [2]
+
+    def test_a_connection_serves_many_requests(self, lab: Lab) -> None:
+        proxy, up = oc_over(lab, "openai", oc_answering("openai", OcSaid("Hello.")))
+        client = proxy.client()
+        for number in range(6):
+            asked = {"model": MODEL, "max_tokens": 9, "messages": HELLO}
+            body = json.dumps({**asked, "stream": number % 3 == 0}).encode()
+            path = OC_CHAT if number % 2 else "/v1/messages"
+            answer = client.ask("POST", path, body).answer()
+            assert answer.status == 200
+            assert b"Hel" in answer.body
+        assert len(up._wires) == 1
+
+    @pytest.mark.parametrize(
+        ("facts", "path"),
+        [
+            ({"n": 2}, "n"),
+            ({"messages": [{"role": "nobody", "content": "x"}]}, "messages.0.role"),
+            ({"reasoning_effort": "vast"}, "reasoning_effort"),
+        ],
+    )
+    def test_a_request_of_openai_s_that_cannot_be_sent_is_refused(
+        self, oc_sdks: OcSdks, lab: Lab, facts: dict[str, Any], path: str
+    ) -> None:
+        proxy, up = oc_over(lab, "anthropic", fine)
+        lab.counted += 1
+        options = {"api_key": "sk-x", "max_retries": 0}
+        url = f"http://127.0.0.1:{proxy.port}/v1"
+        request = {"model": MODEL, "messages": HELLO, **facts}
+        refused = pytest.raises(oc_sdks.openai.BadRequestError)
+        with (
+            oc_sdks.openai.OpenAI(base_url=url, **options) as client,
+            refused as caught,
+        ):
+            client.chat.completions.create(**request)
+        assert caught.value.body["message"].startswith(f"{path}: ")
+        assert caught.value.body["type"] == "invalid_request_error"
+        assert calls(up) == [0]
+
+    def test_errors_of_ours_are_typed_for_openai_s_clients(
+        self, oc_sdks: OcSdks, lab: Lab
+    ) -> None:
+        sdk = oc_sdks.openai
+        proxy = lab.proxy(oc_endpoint(lab.refusing(), "openai"))
+        with pytest.raises(sdk.InternalServerError) as caught:
+            oc_sdks.ask(proxy, "openai", OcTalk(OC_HI), False)
+        assert caught.value.status_code == 502
+        assert caught.value.body["message"]
+        locked = lab.proxy(lab.upstream(), server={"clientKeys": [KEY]})
+        with pytest.raises(sdk.AuthenticationError) as caught:
+            oc_sdks.ask(locked, "openai", OcTalk(OC_HI), False)
+        assert caught.value.body["message"]
+
+    def test_the_client_s_key_opens_and_goes_no_further(self, lab: Lab) -> None:
+        up, entry = oc_one(lab, "openai", oc_answering("openai", OcSaid("Hello.")))
+        proxy = lab.proxy(entry, server={"clientKeys": [KEY]})
+        body = json.dumps({"model": MODEL, "messages": HELLO}).encode()
+        assert proxy.ask("POST", OC_CHAT, body).status == 401
+        answer = proxy.ask("POST", OC_CHAT, body, f"Authorization: Bearer {KEY}")
+        assert answer.status == 200
+        (request,) = up.requests
+        assert request.values("authorization") == [f"Bearer {up.token}"]
+        assert KEY.encode() not in b"".join(request.lines)
+
+    def test_paths_that_need_an_anthropic_endpoint_say_so(self, lab: Lab) -> None:
+        proxy, up = oc_over(lab, "openai", oc_answering("openai", OcSaid("x")))
+        for path in ("/v1/files", "/v1/messages/batches"):
+            said = own_error(proxy.ask("GET", path), 404, "not_found_error")
+            assert "anthropic" in said
+        assert calls(up) == [0]
+
+    def test_a_refused_stream_option_costs_no_health(self, lab: Lab) -> None:
+        words = b'{"detail": [{"loc": ["body", "top_k"], "msg": "extra fields"}]}'
+        proxy, _ = oc_over(lab, "openai", says(422, words))
+        answer = oc_post(proxy, top_k=5).answer()
+        assert answer.status == 422
+        assert "body.top_k: extra fields" in answer.json()["error"]["message"]
+        assert rules(proxy) == []
+
+
+# -- models ---------------------------------------------------------------------
+
+
+def oc_lists(*ids: str, dialect: str = "openai", **more: Any) -> Answering:
+    """Return what answers with a list of models."""
+    models = [{"id": name, "object": "model", "created": 1_700_000_000} for name in ids]
+    if dialect == "anthropic":
+        models = [
+            {
+                "type": "model",
+                "id": name,
+                "display_name": name.title(),
+                "created_at": "2026-01-01T00:00:00Z",
+            }
+            for name in ids
+        ]
+    return told({"object": "list", "data": models, **more})
+
+
+OC_NATIVE = ("anthropic-version: 2023-06-01",)
+
+
+def oc_models(proxy: Proxy, query: str = "", *fields: str) -> Any:
+    answer = proxy.ask("GET", f"/v1/models{query}", b"", *fields, counts=0)
+    assert answer.status == 200, answer
+    return answer.json()
+
+
+def oc_ids(document: Any) -> list[str]:
+    return [one["id"] for one in document["data"]]
+
+
+@at_the_newest
+class TestModelsOverSockets:
+    def pool(self, lab: Lab, **sections: Any) -> Any:
+        """Return a proxy over a native endpoint and one of OpenAI's dialect."""
+        native, a = oc_one(
+            lab, "anthropic", oc_lists("claude-a", "both", dialect="anthropic")
+        )
+        other, b = oc_one(lab, "openai", oc_lists("both", "gpt"))
+        return lab.proxy(a, b, **sections), native, other
+
+    def test_lists_are_merged_in_both_shapes(self, lab: Lab) -> None:
+        proxy, native, other = self.pool(lab)
+        wanted = ["claude-a", "both", "gpt"]
+        theirs = oc_models(proxy)
+        assert (oc_ids(theirs), theirs["object"]) == (wanted, "list")
+        assert [m["object"] for m in theirs["data"]] == ["model"] * 3
+        assert theirs["data"][2]["created"] == 1_700_000_000
+        for field in (*OC_NATIVE, "x-api-key: k"):
+            ours = oc_models(proxy, "", field)
+            assert oc_ids(ours) == wanted
+            assert (ours["first_id"], ours["last_id"]) == (wanted[0], wanted[-1])
+            assert ours["has_more"] is False
+            assert [m["type"] for m in ours["data"]] == ["model"] * 3
+            assert ours["data"][1]["display_name"] == "Both"
+        assert calls(native, other) == [1, 1]  # it is kept for a while
+        assert native.requests[0].values("anthropic-version") == ["2023-06-01"]
+        assert native.requests[0].target == "/v1/models?limit=1000"
+        assert other.requests[0].target == "/v1/models"
+        assert other.requests[0].values("authorization") == [f"Bearer {other.token}"]
+
+    def test_the_sdks_list_them(self, oc_sdks: OcSdks, lab: Lab) -> None:
+        proxy, *_ = self.pool(lab)
+        url = f"http://127.0.0.1:{proxy.port}"
+        with oc_sdks.anthropic.Anthropic(base_url=url, api_key="sk-x") as client:
+            assert [m.id for m in client.models.list()] == ["claude-a", "both", "gpt"]
+            assert [m.id for m in client.models.list(limit=1)] == [
+                "claude-a",
+                "both",
+                "gpt",
+            ]
+            assert client.models.retrieve("both").display_name == "Both"
+        with oc_sdks.openai.OpenAI(base_url=f"{url}/v1", api_key="sk-x") as client:
+            assert [m.id for m in client.models.list()] == ["claude-a", "both", "gpt"]
+            assert client.models.retrieve("gpt").created == 1_700_000_000
+
+    def test_one_that_hangs_is_not_waited_for(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert claude_lb.MODELS_S < 2.0
+        monkeypatch.setattr(claude_lb, "MODELS_S", 0.3)
+        go, done = lab.gate(), threading.Event()
+
+        def late(wire: Wire, request: Received) -> None:
+            assert go.wait(3 * BOUND_S)
+            oc_lists("late")(wire, request)
+            done.set()
+
+        _, slow = oc_one(lab, "openai", late)
+        _, quick = oc_one(lab, "anthropic", oc_lists("claude-a", dialect="anthropic"))
+        proxy = lab.proxy(slow, quick)
+        assert oc_ids(oc_models(proxy)) == ["claude-a"]
+        assert not done.is_set()
+        go.set()
+        eventually(lambda: "late" in oc_ids(oc_models(proxy)), "the late list")
+
+    @pytest.mark.parametrize("bad", [says(500), says(404), told(b"<p>"), told(b"[]")])
+    def test_one_without_a_list_takes_nothing_from_the_others(
+        self, lab: Lab, bad: Answering
+    ) -> None:
+        _, broken = oc_one(lab, "openai", bad)
+        _, good = oc_one(lab, "anthropic", oc_lists("claude-a", dialect="anthropic"))
+        proxy = lab.proxy(broken, good)
+        assert oc_ids(oc_models(proxy)) == ["claude-a"]
+        assert {s.state for s in states(proxy).values()} == {"ok"}
+
+    def test_what_routes_name_is_listed_and_what_nobody_serves_is_not(
+        self, lab: Lab
+    ) -> None:
+        routes = {
+            "fast": [{"endpoint": "openai", "model": "gpt"}],
+            "both": [{"endpoint": "anthropic"}],
+            "claude-*": [{"endpoint": "anthropic"}],
+        }
+        proxy, *_ = self.pool(lab, routes=routes)
+        listed = oc_ids(oc_models(proxy))
+        assert listed[:2] == ["claude-a", "both"]
+        assert "fast" in listed
+        assert not [name for name in listed if "*" in name]
+
+    def test_an_endpoint_s_models_setting_narrows_its_list(self, lab: Lab) -> None:
+        _, a = oc_one(lab, "anthropic", oc_lists("claude-a", dialect="anthropic"))
+        _, b = oc_one(lab, "openai", oc_lists("both", "gpt"))
+        proxy = lab.proxy({**a, "models": ["claude-*"]}, {**b, "models": ["gpt*"]})
+        assert oc_ids(oc_models(proxy)) == ["claude-a", "gpt"]
+
+    def test_one_model_is_looked_up(self, lab: Lab) -> None:
+        proxy, *_ = self.pool(lab)
+        ours = oc_models(proxy, "/both", *OC_NATIVE)
+        assert (ours["type"], ours["display_name"]) == ("model", "Both")
+        assert oc_models(proxy, "/both")["object"] == "model"
+        answer = proxy.ask("GET", "/v1/models/nobody-s")
+        assert answer.status == 404
+        assert answer.json()["error"]["message"]
+
+    def test_an_id_with_a_slash_is_looked_up(self, lab: Lab) -> None:
+        _, entry = oc_one(lab, "openai", oc_lists("org/gpt:free"))
+        proxy = lab.proxy(entry)
+        assert oc_models(proxy, "/org/gpt:free")["id"] == "org/gpt:free"
+
+    def test_the_sdks_look_up_an_id_with_a_slash(
+        self, oc_sdks: OcSdks, lab: Lab
+    ) -> None:
+        """They write it with %2F."""
+        _, entry = oc_one(lab, "openai", oc_lists("org/gpt:free"))
+        proxy = lab.proxy(entry)
+        url = f"http://127.0.0.1:{proxy.port}"
+        with oc_sdks.anthropic.Anthropic(base_url=url, api_key="sk-x") as client:
+            assert client.models.retrieve("org/gpt:free").id == "org/gpt:free"
+        with oc_sdks.openai.OpenAI(base_url=f"{url}/v1", api_key="sk-x") as client:
+            assert client.models.retrieve("org/gpt:free").id == "org/gpt:free"
+
+    def test_pages(self, lab: Lab) -> None:
+        proxy, *_ = self.pool(lab)
+        first = oc_models(proxy, "?limit=2", *OC_NATIVE)
+        assert (oc_ids(first), first["has_more"]) == (["claude-a", "both"], True)
+        rest = oc_models(proxy, "?limit=2&after_id=both", *OC_NATIVE)
+        assert (oc_ids(rest), rest["has_more"]) == (["gpt"], False)
+        back = oc_models(proxy, "?limit=1&before_id=gpt", *OC_NATIVE)
+        assert (oc_ids(back), back["has_more"]) == (["both"], True)
+        for query in ("?limit=0", "?limit=x", "?after_id=nobody-s"):
+            answer = proxy.ask("GET", f"/v1/models{query}", b"", *OC_NATIVE)
+            own_error(answer, 400, "invalid_request_error")
+
+    def test_the_client_s_key_is_needed(self, lab: Lab) -> None:
+        proxy, *ups = self.pool(lab, server={"clientKeys": [KEY]})
+        for path in ("/v1/models", "/v1/models/both"):
+            assert proxy.ask("GET", path).status == 401
+        assert calls(*ups) == [0, 0]
+        bearer = f"Authorization: Bearer {KEY}"
+        assert oc_ids(oc_models(proxy, "", bearer))[0] == "claude-a"
+        assert oc_ids(oc_models(proxy, "", f"x-api-key: {KEY}"))[0] == "claude-a"
+
+    def test_one_native_endpoint_alone_passes_byte_for_byte(self, lab: Lab) -> None:
+        raw = b'{ "data" : [],\n "of_tomorrow": "\xe2\x80\xa8" }'
+        proxy = lab.proxy(up := lab.upstream(told(raw, "x-odd: 1")))
+        answer = proxy.ask("GET", "/v1/models?limit=7&x=%20", b"", *OC_NATIVE)
+        assert (answer.body, answer.field("x-odd")) == (raw, "1")
+        assert up.requests[0].target == "/v1/models?limit=7&x=%20"
+
+    def test_no_endpoint_s_health_depends_on_it(self, lab: Lab) -> None:
+        _, entry = oc_one(lab, "openai", says(401))
+        proxy = lab.proxy(entry)
+        assert oc_models(proxy)["data"] == []
+        assert rules(proxy, "openai") == []
+
+
+# -- count_tokens ------------------------------------------------------------------
+
+
+def oc_count(proxy: Proxy, **facts: Any) -> Answer:
+    asked = {"model": MODEL, "messages": HELLO, **facts}
+    return proxy.ask("POST", COUNT_TOKENS, json.dumps(asked).encode())
+
+
+def oc_counted(wire: Wire, request: Received) -> None:
+    """Count tokens, and answer nothing else."""
+    assert request.target == COUNT_TOKENS
+    wire.answer(200, b'{"input_tokens": 7}')
+
+
+OC_WORDS = re.findall(
+    r"\w+", "the lazy dog jumps over a quick brown fox of unusual size"
+)
+
+
+def oc_hidden(request: Mapping[str, Any], factor: float) -> int:
+    """Return how many tokens a tokenizer of the tests finds in a request."""
+    text = json.dumps([request["messages"], request.get("system", "")])
+    return round(factor * len(re.findall(r"[A-Za-z]+|[^A-Za-z\s]", text)))
+
+
+def oc_factored(dialect: str, factor: float) -> Answering:
+    """Return what answers with the usage of that tokenizer; it counts no tokens."""
+
+    def answering(wire: Wire, request: Received) -> None:
+        if request.target.endswith("count_tokens"):
+            wire.answer(404, error_body(404))
+            return
+        asked = json.loads(request.body)
+        tokens = oc_hidden(asked, factor)
+        said = OcSaid("ok", usage=(tokens, tokens // 3, 5))
+        oc_answering(dialect, said)(wire, request)
+
+    return answering
+
+
+@at_the_newest
+class TestCountTokensOverDialects:
+    def test_an_anthropic_endpoint_is_asked_and_no_other(self, lab: Lab) -> None:
+        other, a = oc_one(lab, "openai", says(500))
+        native, b = oc_one(lab, "anthropic", oc_counted)
+        proxy = lab.proxy(a, b)
+        for _ in "abc":
+            answer = oc_count(proxy)
+            assert (served_by(answer), answer.json()) == (
+                "anthropic",
+                {"input_tokens": 7},
+            )
+            assert answer.values("x-claude-lb-estimate") == []
+        assert calls(other, native) == [0, 3]
+
+    @pytest.mark.parametrize("status", [404, 405, 501])
+    def test_who_does_not_count_is_remembered(self, lab: Lab, status: int) -> None:
+        deaf, a = oc_one(lab, "anthropic", says(status))
+        native, b = oc_one(lab, "anthropic", oc_counted)
+        proxy = lab.proxy({**a, "name": "deaf"}, {**b, "priority": 1})
+        assert [oc_count(proxy).json() for _ in "abc"] == [{"input_tokens": 7}] * 3
+        assert calls(deaf, native) == [1, 3]
+        assert [(s.state, s.cooldowns) for s in states(proxy).values()] == [
+            ("ok", ())
+        ] * 2
+
+    @pytest.mark.parametrize("status", [404, 500, 529])
+    def test_trouble_with_counting_touches_no_health(
+        self, lab: Lab, status: int
+    ) -> None:
+        def answering(wire: Wire, request: Received) -> None:
+            counts = request.target == COUNT_TOKENS
+            (says(status) if counts else fine)(wire, request)
+
+        _, entry = oc_one(lab, "anthropic", answering)
+        proxy, *_ = over(lab, entry)
+        answer = oc_count(proxy)
+        estimated = answer.field("x-claude-lb-estimate") == "1"
+        assert (answer.status, estimated) in ((200, True), (status, False))
+        assert rules(proxy, "anthropic") == []
+        assert served_by(proxy.post()) == "anthropic"
+
+    def test_nobody_counts_here_so_it_is_estimated(self, lab: Lab) -> None:
+        up, entry = oc_one(lab, "openai", says(500))
+        answer = oc_count(lab.proxy(entry))
+        assert answer.status == 200
+        assert answer.field("x-claude-lb-estimate") == "1"
+        assert answer.field("x-claude-lb-calibrated-by") == "0"
+        assert calls(up) == [0]
+
+    @pytest.mark.parametrize(("factor", "stream"), [(0.6, False), (2.4, True)])
+    @pytest.mark.parametrize("dialect", ["anthropic", "openai"])
+    def test_estimates_follow_a_hidden_factor(
+        self, lab: Lab, dialect: str, factor: float, stream: bool
+    ) -> None:
+        up = lab.upstream(oc_factored(dialect, factor))
+        kept = keeping(lab, endpoints=[oc_endpoint(up, dialect, name="up0")])
+        chance = random.Random(7)
+
+        def asked() -> dict[str, Any]:
+            text = " ".join(chance.choices(OC_WORDS, k=chance.randrange(200, 900)))
+            return {"messages": [{"role": "user", "content": text}]}
+
+        assert oc_count(kept).field("x-claude-lb-calibrated-by") == "0"
+        learnt = kept.server.calibration
+        for _ in range(200):  # an answer that is quicker than the estimate is lost
+            assert oc_post(kept, **asked(), stream=stream).answer().status == 200
+            eventually(lambda: is_over(kept), "the end")
+            kept.store.flush(BOUND_S)
+            if learnt.seen(MODEL) == 20:
+                break
+        for _ in range(5):
+            request = asked()
+            answer = oc_count(kept, **request)
+            assert answer.field("x-claude-lb-estimate") == "1"
+            assert answer.field("x-claude-lb-calibrated-by") == "20"
+            found = answer.json()["input_tokens"] / oc_hidden(request, factor)
+            assert 0.9 <= found <= 1.1, found
+        other = oc_count(kept, model="another")
+        assert other.field("x-claude-lb-calibrated-by") == "0"
+
+
+# -- LiteLLM as a peer ----------------------------------------------------------------
+
+OC_LITELLM_YAML = """\
+model_list:
+  - model_name: mock-text
+    litellm_params: {model: openai/mock-text, api_key: none, mock_response: "%s"}
+  - model_name: mock-tools
+    litellm_params: {model: script/tools}
+  - model_name: mock-limited
+    litellm_params:
+      {model: openai/x, api_key: none, mock_response: "litellm.RateLimitError"}
+litellm_settings:
+  num_retries: 0
+  custom_provider_map:
+    - {provider: script, custom_handler: oc_handler.handler}
+"""
+OC_LITELLM_TEXT = "Hello from the mock: é 你好 🙂"
+#: A provider of LiteLLM's whose answers are scripted.
+OC_LITELLM_HANDLER = '''
+import json
+import litellm
+from litellm import CustomLLM
+
+USAGE = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
+CALLS = [("call_1", "look", {"q": "a"}), ("call_2", "get_weather", {"q": "é"})]
+
+
+def piece(text="", tool=None, finish="", usage=None):
+    return {"text": text, "tool_use": tool, "is_finished": bool(finish),
+            "finish_reason": finish, "usage": usage, "index": 0}
+
+
+def wanted(kwargs):
+    """Tell whether tools are offered that have given no result yet."""
+    last = kwargs["messages"][-1]["role"]
+    return bool(kwargs.get("optional_params", {}).get("tools")) and last != "tool"
+
+
+def words(kwargs):
+    given = [m["content"] for m in kwargs["messages"] if m["role"] == "tool"]
+    return ("They say: " + ", ".join(map(str, given))) if given else "Let me look."
+
+
+class Script(CustomLLM):
+    async def acompletion(self, *args, **kwargs):
+        hello = [{"role": "user", "content": "x"}]
+        answer = litellm.completion(model="openai/x", api_key="none", messages=hello,
+                                    mock_response=words(kwargs))
+        if wanted(kwargs):
+            answer.choices[0].message.tool_calls = [
+                litellm.ChatCompletionMessageToolCall(
+                    id=i, type="function",
+                    function=litellm.utils.Function(name=n, arguments=json.dumps(a)))
+                for i, n, a in CALLS]
+            answer.choices[0].finish_reason = "tool_calls"
+        answer.usage = litellm.Usage(**USAGE)
+        return answer
+
+    async def astreaming(self, *args, **kwargs):
+        for word in words(kwargs).split(" "):
+            yield piece(word + " ")
+        tools = wanted(kwargs)
+        for k, (i, n, a) in enumerate(CALLS if tools else ()):
+            text = json.dumps(a, ensure_ascii=False)
+            yield piece(tool={"id": i, "type": "function", "index": k,
+                              "function": {"name": n, "arguments": ""}})
+            for part in (text[:4], text[4:]):
+                yield piece(tool={"id": None, "type": "function", "index": k,
+                                  "function": {"name": None, "arguments": part}})
+        yield piece(finish="tool_calls" if tools else "stop", usage=USAGE)
+
+
+handler = Script()
+'''
+OC_LITELLM_START_S = 180.0  # its first start compiles for a minute
+
+
+class OcLiteLlm(NamedTuple):
+    """A running LiteLLM."""
+
+    url: str
+    key: str
+
+
+@pytest.fixture(scope="module")
+def oc_litellm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OcLiteLlm]:
+    """LiteLLM's proxy with scripted answers, of the program in $LITELLM_BIN."""
+    program = os.environ.get("LITELLM_BIN", "")
+    need_tool("litellm ($LITELLM_BIN)", bool(program) and os.access(program, os.X_OK))
+    folder = tmp_path_factory.mktemp("litellm")
+    config = folder / "litellm.yaml"
+    config.write_text(OC_LITELLM_YAML % OC_LITELLM_TEXT, encoding="utf-8")
+    (folder / "oc_handler.py").write_text(OC_LITELLM_HANDLER, encoding="utf-8")
+    key, port = f"sk-{os.urandom(24).hex()}", free_port()
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "PYTHONPATH": str(folder),
+        "LITELLM_MASTER_KEY": key,
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it asks the Internet
+    }
+    command = [program, "--config", str(config), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--telemetry", "False"]
+    log = folder / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    url = f"http://127.0.0.1:{port}"
+
+    def up() -> bool:
+        assert process.poll() is None, log.read_text()[-2000:]
+        return serves(f"{url}/health/liveliness")
+
+    try:
+        eventually(up, "LiteLLM", OC_LITELLM_START_S)
+        yield OcLiteLlm(url, key)
+    finally:
+        stop(process)
+
+
+@at_the_newest
+class TestLiteLlm:
+    """A real OpenAI-compatible server, which we did not write."""
+
+    @pytest.fixture
+    def proxy(self, oc_litellm: OcLiteLlm, lab: Lab) -> Proxy:
+        entry = {"baseURL": oc_litellm.url, "authToken": oc_litellm.key}
+        return lab.proxy({**entry, "dialect": "openai", "name": "litellm"})
+
+    @pytest.fixture
+    def client(self, oc_sdks: OcSdks, proxy: Proxy) -> Iterator[Any]:
+        url = f"http://127.0.0.1:{proxy.port}"
+        options = {"base_url": url, "api_key": "sk-x", "max_retries": 0}
+        with oc_sdks.anthropic.Anthropic(**options) as client:
+            yield client
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_text(self, lab: Lab, client: Any, stream: bool) -> None:
+        lab.counted += 1
+        request = {"model": "mock-text", "max_tokens": 99, "messages": HELLO}
+        said = oc_turn(client, request, stream)
+        assert [b.text for b in said.content] == [OC_LITELLM_TEXT]
+        assert (said.stop_reason, said.model) == ("end_turn", "mock-text")
+        assert said.usage.input_tokens > 0
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_tools_in_parallel_and_their_results(
+        self, lab: Lab, client: Any, stream: bool
+    ) -> None:
+        lab.counted += 2
+        talk = OcTalk(OC_HI, "Be brief.", OC_TOOLS)
+        request = {**oc_native_request(talk), "model": "mock-tools"}
+        said = oc_turn(client, request, stream)
+        text, *uses = said.content
+        assert (text.text.strip(), said.stop_reason) == ("Let me look.", "tool_use")
+        found = [(u.id, u.name, u.input) for u in uses]
+        assert found == [
+            ("call_1", "look", {"q": "a"}),
+            ("call_2", "get_weather", {"q": "é"}),
+        ]
+        assert (said.usage.input_tokens, said.usage.output_tokens) == (11, 7)
+        results = (("call_1", "one é"), ("call_2", "two"))
+        request["messages"] += [
+            {"role": "assistant", "content": said.content},
+            oc_native_turn("results", results),
+        ]
+        said = oc_turn(client, request, stream)
+        assert said.content[0].text.strip() == "They say: one é, two"
+        assert said.stop_reason == "end_turn"
+
+    def test_its_errors_are_told(self, oc_sdks: OcSdks, lab: Lab, client: Any) -> None:
+        lab.counted += 1
+        request = {"model": "mock-limited", "max_tokens": 9, "messages": HELLO}
+        with pytest.raises(oc_sdks.anthropic.RateLimitError, match="mock rate limit"):
+            client.messages.create(**request)
+
+    def test_its_models_are_listed(self, client: Any) -> None:
+        listed = [model.id for model in client.models.list()]
+        assert sorted(listed) == ["mock-limited", "mock-text", "mock-tools"]
+
+
+# ============================================================================
+# ZED OVER SOCKETS
+# ============================================================================
+
+ZS_LINES = "x-zed-server-supports-status-messages: true"
+ZS_MODEL = "claude-sonnet-4-5"
+ZsCompleting = Callable[[Wire, Received, Any], None]
+
+
+def zs_text(text: str = "hello", **usage: int) -> list[dict[str, Any]]:
+    """Return the events of an answer that is one text."""
+    took = {"input_tokens": 10, "output_tokens": 1, **usage}
+    start: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex}", "type": "message"}
+    start.update(
+        role="assistant", model=ZS_MODEL, content=[], stop_reason=None, usage=took
+    )
+    return [
+        {"type": "message_start", "message": {**start, "stop_sequence": None}},
+        *zs_block(
+            0, {"type": "text", "text": ""}, {"type": "text_delta", "text": text}
+        ),
+        *zs_end("end_turn"),
+    ]
+
+
+def zs_block(index: int, block: Any, *deltas: Any) -> list[dict[str, Any]]:
+    """Return the events of one block of an answer."""
+    start = {"type": "content_block_start", "index": index, "content_block": block}
+    kind = "content_block_delta"
+    between = [{"type": kind, "index": index, "delta": delta} for delta in deltas]
+    return [start, *between, {"type": "content_block_stop", "index": index}]
+
+
+def zs_end(reason: str) -> list[dict[str, Any]]:
+    stop = {"stop_reason": reason, "stop_sequence": None}
+    changed = {"type": "message_delta", "delta": stop, "usage": {"output_tokens": 5}}
+    return [changed, {"type": "message_stop"}]
+
+
+def zs_lines(documents: Iterable[Any], *, wrapped: bool = True) -> bytes:
+    """Return lines of JSON; those that have a type are events."""
+    lines = []
+    for document in documents:
+        whole = {"event": document} if wrapped and "type" in document else document
+        lines.append(json.dumps(whole).encode() + b"\n")
+    return b"".join(lines)
+
+
+def zs_says(
+    *documents: Any, wrapped: bool = True, sizes: Sequence[int] = (1 << 20,)
+) -> ZsCompleting:
+    """Return what answers with lines, in chunks of these sizes in turn."""
+
+    def completing(wire: Wire, _: Received, __: Any) -> None:
+        field = f"{ZS_LINES}\r\n" if wrapped else ""
+        head = "HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n"
+        wire.send(f"{head}{field}transfer-encoding: chunked\r\n\r\n".encode())
+        data, turn = zs_lines(documents, wrapped=wrapped), 0
+        while data:
+            size, turn = sizes[turn % len(sizes)], turn + 1
+            wire.send(chunk(data[:size]))
+            data = data[size:]
+        wire.send(b"0\r\n\r\n")
+
+    return completing
+
+
+def zs_fails(status: int, *fields: str, **said: Any) -> ZsCompleting:
+    """Return what answers with an error of the service's own shape."""
+    body = json.dumps(said).encode()
+    return lambda wire, _, __: wire.answer(status, body, *fields)
+
+
+def zs_in_turn(*steps: ZsCompleting) -> ZsCompleting:
+    left = list(steps)
+
+    def completing(wire: Wire, request: Received, envelope: Any) -> None:
+        (left.pop(0) if len(left) > 1 else left[0])(wire, request, envelope)
+
+    return completing
+
+
+class ZsScript:
+    """A scripted Zed service: it makes tokens, and answers who shows a good one."""
+
+    def __init__(self, lab: Lab, completing: ZsCompleting | None = None) -> None:
+        mark = uuid.uuid4().hex
+        self.credential = f"canary-user-{mark} canary-access-{mark}"
+        self.completing = completing or zs_says(*zs_text())
+        #: Answers in place of a fresh token.
+        self.minting: Callable[[Wire, Received], None] = self.mint
+        self.minted: list[str] = []
+        self.good: set[str] = set()
+        self.mints: list[Received] = []
+        self.asked: list[Received] = []
+        #: What is wrong with a request that came.
+        self.faults: list[object] = []
+        self.up = lab.upstream(self._answering)
+
+    def mint(self, wire: Wire, _: Received) -> None:
+        token = f"canary-minted-{uuid.uuid4().hex}"
+        self.minted.append(token)
+        self.good = {token}
+        wire.answer(200, json.dumps({"token": token}).encode())
+
+    def _answering(self, wire: Wire, request: Received) -> None:
+        if (request.method, request.target) == ("POST", "/client/llm_tokens"):
+            self.mints.append(request)
+            if request.values("authorization") != [self.credential]:
+                wire.answer(401, b'{"message": "who?"}')
+            else:
+                self.minting(wire, request)
+        elif (request.method, request.target) == ("POST", "/completions"):
+            self.asked.append(request)
+            self._complete(wire, request)
+        else:
+            wire.answer(404, b"{}")
+
+    def _complete(self, wire: Wire, request: Received) -> None:
+        if request.values("authorization") not in [[f"Bearer {t}"] for t in self.good]:
+            wire.answer(401, b'{"code": "expired", "message": "stale"}')
+            return
+        wanted = {
+            "content-type": ["application/json"],
+            "x-zed-client-supports-status-messages": ["true"],
+            "x-zed-client-supports-stream-ended-request-completion-status": ["true"],
+            "x-api-key": [],
+        }
+        found = {name: request.values(name) for name in wanted}
+        if found != wanted:
+            self.faults.append(found)
+        self.completing(wire, request, json.loads(request.body))
+
+    def endpoint(self, name: str = "zed", **settings: Any) -> dict[str, Any]:
+        known = [k for k in ("models", "priority") if k in settings]
+        own: dict[str, Any] = {k: settings.pop(k) for k in known}
+        whole: dict[str, Any] = {"name": name, "baseURL": self.up.url, **own}
+        token = self.credential
+        return {**whole, "dialect": "zed", "authToken": token, "zed": settings}
+
+    def envelopes(self) -> list[Any]:
+        return [json.loads(request.body) for request in self.asked]
+
+
+def zs_body(*messages: Any, **more: Any) -> bytes:
+    facts = {"model": ZS_MODEL, "max_tokens": 64, "metadata": {"user_id": "u"}}
+    listed = list(messages) or [{"role": "user", "content": f"hi {uuid.uuid4().hex}"}]
+    return json.dumps({**facts, "messages": listed, **more}).encode()
+
+
+def zs_session(number: int = 1) -> str:
+    return f"x-claude-code-session-id: 00000000-0000-4000-8000-{number:012d}"
+
+
+def zs_wait(gate: threading.Event) -> None:
+    assert gate.wait(BOUND_S)
+
+
+def zs_events(body: bytes) -> list[tuple[str, Any]]:
+    """Return the events of a stream, whose framing must be exact."""
+    found = []
+    for block in body.decode().split("\n\n")[:-1]:
+        pair = re.fullmatch(r"event: (\S+)\ndata: (.*)", block)
+        assert pair, block
+        found.append((pair[1], json.loads(pair[2])))
+        assert found[-1][1]["type"] == pair[1]
+    assert body.endswith(b"\n\n")
+    return found
+
+
+def zs_said(answer: Answer) -> str:
+    """Return the text of a whole message."""
+    assert answer.status == 200, answer
+    return "".join(block["text"] for block in answer.json()["content"])
+
+
+def zs_together(proxy: Proxy, count: int, body: Callable[[int], bytes]) -> list[Answer]:
+    """Ask so many times at the same time."""
+    clients = [proxy.client().post(body(n)) for n in range(count)]
+    return [client.answer() for client in clients]
+
+
+def zs_silent(proxy: Proxy, *scripts: ZsScript, said: Sequence[str] = ()) -> None:
+    """Assert that no secret of the services is in anything that can be read."""
+    texts = [proxy.log(), *said]
+    for path in ("/health", "/status", "/providers", "/", "/v1/models"):
+        texts.append(str(proxy.ask("GET", path, counts=0)))
+    for path in ("/zed/threads/status", "/zed/cost-analysis"):
+        texts.append(str(proxy.ask("GET", path, counts=0)))
+    whole = "\n".join(texts)
+    found = re.findall(r".{0,60}canary.{0,60}", whole)
+    assert not found, found[:5]
+    for script in scripts:
+        assert not script.faults
+
+
+@at_the_oldest
+class TestZedSocketsTokens:
+    def test_thirty_requests_at_once_make_one_token(self, lab: Lab) -> None:
+        script, gate = ZsScript(lab), lab.gate()
+
+        def slowly(wire: Wire, request: Received) -> None:
+            assert gate.wait(BOUND_S)
+            script.mint(wire, request)
+
+        script.minting = slowly
+        proxy = lab.proxy(script.endpoint())
+        clients = [proxy.client().post(zs_body()) for _ in range(30)]
+        eventually(lambda: script.mints, "the token is asked for")
+        pool = proxy.server.services.pool
+        eventually(lambda: pool.snapshot().in_flight == 30, "30 wait")
+        gate.set()
+        assert [zs_said(client.answer()) for client in clients] == ["hello"] * 30
+        assert (len(script.mints), len(script.asked)) == (1, 30)
+        assert json.loads(script.mints[0].body) == {}
+        assert [zs_said(proxy.post(zs_body())) for _ in range(3)] == ["hello"] * 3
+        assert len(script.mints) == 1
+        zs_silent(proxy, script)
+
+    def test_the_organization_and_version_are_told(self, lab: Lab) -> None:
+        script = ZsScript(lab)
+        proxy = lab.proxy(script.endpoint(organization_id="org_1", version="1.2.3"))
+        assert zs_said(proxy.post(zs_body())) == "hello"
+        assert json.loads(script.mints[0].body) == {"organization_id": "org_1"}
+        assert script.asked[0].values("x-zed-version") == ["1.2.3"]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(
+        ("status", "fields"),
+        [
+            (401, []),
+            (401, ["x-zed-expired-token: true"]),
+            (200, ["x-zed-expired-token: true"]),
+            (403, ["X-Zed-Outdated-Token: 1"]),
+            (500, ["x-zed-outdated-token: true"]),
+        ],
+    )
+    def test_a_stale_token_is_made_again_once(
+        self, lab: Lab, status: int, fields: list[str], stream: bool
+    ) -> None:
+        script = ZsScript(lab)
+        stale = zs_fails(status, *fields, code="expired", message="stale")
+        script.completing = zs_in_turn(stale, zs_says(*zs_text()))
+        proxy = lab.proxy(script.endpoint())
+        answer = proxy.post(zs_body(stream=stream))
+        assert answer.status == 200, answer
+        assert b"hello" in answer.body
+        assert (len(script.mints), len(script.asked)) == (2, 2)
+        shown = [r.values("authorization")[0] for r in script.asked]
+        assert shown == [f"Bearer {token}" for token in script.minted]
+        first, second = script.envelopes()
+        assert first["provider_request"] == second["provider_request"]
+        assert first["thread_id"] == second["thread_id"]
+        assert rules(proxy, "zed") == []
+        zs_silent(proxy, script)
+
+    def test_many_stale_tokens_are_made_again_once(self, lab: Lab) -> None:
+        script = ZsScript(lab)
+        proxy = lab.proxy(script.endpoint())
+        assert zs_said(proxy.post(zs_body())) == "hello"
+        script.good = set()
+        answers = zs_together(proxy, 30, lambda _: zs_body())
+        assert [zs_said(answer) for answer in answers] == ["hello"] * 30
+        assert len(script.mints) == 2
+        zs_silent(proxy, script)
+
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    def test_a_credential_that_stays_refused_is_given_up(
+        self, lab: Lab, elsewhere: bool
+    ) -> None:
+        script = ZsScript(lab, zs_fails(401, code="no", message="not you"))
+        more = [lab.upstream()] if elsewhere else []
+        proxy = lab.proxy(script.endpoint(), *more)
+        answer = proxy.post(zs_body())
+        assert answer.status == (200 if elsewhere else 401), answer
+        assert (len(script.mints), len(script.asked)) == (2, 2)
+        assert rules(proxy, "zed") == ["credential"]
+        zs_silent(proxy, script, said=[str(answer)])
+
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    @pytest.mark.parametrize(
+        ("status", "body"),
+        [
+            (401, b'{"error": "canary-echo"}'),
+            (403, b"canary-echo"),
+            (429, b'{"error": {"type": "canary-echo"}}'),
+            (500, b"<html>canary-echo</html>"),
+            (302, b""),
+            (200, b"canary-echo"),
+            (200, b'{"token": ""}'),
+            (200, b'{"token": "canary\\r\\nx: y"}'),
+            (200, b'{"token": ["canary"]}'),
+            (200, b'{"token": "canary' + b"x" * 20_000 + b'"}'),
+            (200, b"[" * 100_000),
+            (204, b""),
+        ],
+    )
+    def test_no_token_leads_elsewhere(
+        self, lab: Lab, status: int, body: bytes, elsewhere: bool
+    ) -> None:
+        script = ZsScript(lab)
+        script.minting = lambda wire, _: wire.answer(status, body)
+        more = [lab.upstream()] if elsewhere else []
+        proxy = lab.proxy(script.endpoint(), *more)
+        answer = proxy.post(zs_body())
+        if elsewhere:
+            assert answer.status == 200, answer
+        else:
+            assert "token" in own_error(answer, 502, "api_error")
+        assert not script.asked
+        assert rules(proxy, "zed") == ["unreachable"]
+        zs_silent(proxy, script, said=[str(answer)])
+
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    def test_a_minter_that_hangs_leads_elsewhere(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+    ) -> None:
+        monkeypatch.setattr(claude_lb, "ZED_TOKEN_S", 0.2)
+        script, gate = ZsScript(lab), lab.gate()
+        script.minting = lambda _, __: zs_wait(gate)
+        more = [lab.upstream()] if elsewhere else []
+        proxy = lab.proxy(script.endpoint(), *more)
+        answer = proxy.post(zs_body())
+        if elsewhere:
+            assert answer.status == 200
+        else:
+            assert "0.2 s" in own_error(answer, 502, "api_error")
+        gate.set()
+        zs_silent(proxy, script, said=[str(answer)])
+
+    def test_a_service_that_nobody_runs(self, lab: Lab) -> None:
+        script, up = ZsScript(lab), lab.upstream()
+        dead = {**script.endpoint(), "baseURL": lab.refusing()}
+        proxy = lab.proxy(dead, up)
+        assert proxy.post(zs_body()).status == 200
+        alone = lab.proxy(dead)
+        assert "refused" in own_error(alone.post(zs_body()), 502, "api_error").lower()
+        zs_silent(proxy, script)
+        zs_silent(alone, script)
+
+    def test_a_client_that_leaves_while_a_token_is_made(self, lab: Lab) -> None:
+        script, gate = ZsScript(lab), lab.gate()
+
+        def slowly(wire: Wire, request: Received) -> None:
+            assert gate.wait(BOUND_S)
+            script.mint(wire, request)
+
+        script.minting = slowly
+        proxy = lab.proxy(script.endpoint())
+        client = proxy.client().post(zs_body())
+        eventually(lambda: script.mints, "the token is asked for")
+        client.close()
+        assert proxy.row()["ended"] == "client_cancelled"
+        gate.set()
+        eventually(lambda: zs_is_over_of(proxy), "it is over")
+        assert not script.asked
+
+
+def zs_is_over_of(proxy: Proxy) -> bool:
+    return bool(proxy.server.services.pool.snapshot().in_flight == 0)
+
+
+ZS_TOOLS = [
+    {
+        "type": "message_start",
+        "message": {
+            "id": "msg_z",
+            "type": "message",
+            "role": "assistant",
+            "model": ZS_MODEL,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": {"input_tokens": 9, "output_tokens": 1},
+        },
+    },
+    *zs_block(
+        0,
+        {"type": "thinking", "thinking": "", "signature": ""},
+        {"type": "thinking_delta", "thinking": "let me see"},
+        {"type": "signature_delta", "signature": "c2lnbmF0dXJl" * 20},
+    ),
+    *zs_block(
+        1,
+        {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {}},
+        {"type": "input_json_delta", "partial_json": '{"at": "Zü'},
+        {"type": "input_json_delta", "partial_json": 'rich \\u2028 {}"}'},
+    ),
+    *zs_block(
+        2,
+        {"type": "tool_use", "id": "toolu_2", "name": "look", "input": {}},
+        {"type": "input_json_delta", "partial_json": '{"at": "Bern"}'},
+    ),
+    *zs_end("tool_use"),
+]
+ZS_THOUGHT = {
+    "type": "thinking",
+    "thinking": "let me see",
+    "signature": "c2lnbmF0dXJl" * 20,
+}
+ZS_CALLS = [
+    {
+        "type": "tool_use",
+        "id": "toolu_1",
+        "name": "look",
+        "input": {"at": "Zürich \u2028 {}"},
+    },
+    {"type": "tool_use", "id": "toolu_2", "name": "look", "input": {"at": "Bern"}},
+]
+
+
+@at_the_oldest
+class TestZedSocketsAnswers:
+    @pytest.mark.parametrize("wrapped", [False, True])
+    @pytest.mark.parametrize("sizes", [(1,), (7, 1, 64), (1 << 20,), (3000,)])
+    def test_a_stream(self, lab: Lab, sizes: tuple[int, ...], wrapped: bool) -> None:
+        script = ZsScript(lab, zs_says(*ZS_TOOLS, wrapped=wrapped, sizes=sizes))
+        proxy = lab.proxy(script.endpoint())
+        answer = proxy.post(zs_body(stream=True))
+        assert answer.field("content-type").startswith("text/event-stream")
+        assert [event for _, event in zs_events(answer.body)] == ZS_TOOLS
+        assert proxy.row()["ended"] == "ok"
+
+    @pytest.mark.parametrize("wrapped", [False, True])
+    @pytest.mark.parametrize("sizes", [(1,), (7, 1, 64), (1 << 20,)])
+    def test_a_whole_answer(
+        self, lab: Lab, sizes: tuple[int, ...], wrapped: bool
+    ) -> None:
+        script = ZsScript(lab, zs_says(*ZS_TOOLS, wrapped=wrapped, sizes=sizes))
+        proxy = lab.proxy(script.endpoint())
+        answer = proxy.post(zs_body())
+        assert answer.field("content-type").startswith("application/json")
+        found = answer.json()
+        assert found["content"] == [ZS_THOUGHT, *ZS_CALLS]
+        assert (found["stop_reason"], found["id"]) == ("tool_use", "msg_z")
+        assert found["usage"] == {"input_tokens": 9, "output_tokens": 5}
+
+    @pytest.mark.parametrize(
+        "kind", ["", "text/plain", "application/json", "text/event-stream"]
+    )
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_answers_whatever_the_type(self, lab: Lab, kind: str, stream: bool) -> None:
+        def completing(wire: Wire, _: Received, __: Any) -> None:
+            data = zs_lines(ZS_TOOLS)
+            field = f"content-type: {kind}\r\n" if kind else ""
+            head = f"HTTP/1.1 200 OK\r\n{field}content-length: {len(data)}\r\n\r\n"
+            wire.send(head.encode() + data)
+
+        proxy = lab.proxy(ZsScript(lab, completing).endpoint())
+        answer = proxy.post(zs_body(stream=stream))
+        if stream:
+            assert [event for _, event in zs_events(answer.body)] == ZS_TOOLS
+        else:
+            assert answer.json()["content"] == [ZS_THOUGHT, *ZS_CALLS]
+
+    def test_the_first_byte_waits_for_no_later_event(self, lab: Lab) -> None:
+        gate, events = lab.gate(), zs_text()
+
+        def completing(wire: Wire, _: Received, __: Any) -> None:
+            wire.send(CHUNKED_SSE.replace(b"text/event-stream", b"text/plain"))
+            for event in events:
+                wire.send(chunk(zs_lines([event])))
+                if event["type"] == "content_block_delta":
+                    assert gate.wait(BOUND_S)
+            wire.send(b"0\r\n\r\n")
+
+        script = ZsScript(lab, completing)
+        proxy = lab.proxy(script.endpoint(), failover={"gateSeconds": 5})
+        client = proxy.client().post(zs_body(stream=True))
+        assert client.head().status == 200
+        assert b"message_start" in client.until(b'"hello"}}\n\n')
+        gate.set()
+        assert client.rest().endswith(b'{"type": "message_stop"}\n\n')
+
+    @pytest.mark.parametrize("gate_s", [0, 5])
+    def test_a_place_in_the_queue_becomes_a_ping(self, lab: Lab, gate_s: int) -> None:
+        queued = [{"status": {"queued": {"position": n}}} for n in (3, 2, 1)]
+        also = [{"status": "started"}, {"status": {"usage_updated": {"amount": 1}}}]
+        odd = [{"status": "tool_use_limit_reached"}, {"status": 7}, {"status": None}]
+        more = [{"status": "stream_ended"}]
+        lines = [*queued, *also, *odd, *zs_text(), *more]
+        script = ZsScript(lab, zs_says(*lines))
+        proxy = lab.proxy(script.endpoint(), failover={"gateSeconds": gate_s})
+        kinds = [kind for kind, _ in zs_events(proxy.post(zs_body(stream=True)).body)]
+        assert kinds[:4] == ["ping", "ping", "ping", "message_start"]
+        assert kinds[-1] == "message_stop"
+        assert zs_said(proxy.post(zs_body())) == "hello"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    def test_failed_before_the_content(
+        self, lab: Lab, stream: bool, elsewhere: bool
+    ) -> None:
+        failed = {"code": "upstream_http_529", "message": "busy", "request_id": "r1"}
+        queued = {"status": {"queued": {"position": 1}}}
+        script = ZsScript(lab, zs_says(queued, {"status": {"failed": failed}}))
+        more = [lab.upstream()] if elsewhere else []
+        own = {"gateSeconds": 5, "retryDelayMs": 1}
+        proxy = lab.proxy(script.endpoint(), *more, failover=own)
+        answer = proxy.post(zs_body(stream=stream))
+        if elsewhere:
+            assert answer.status == 200, answer
+            return
+        assert answer.status == 529, answer
+        error = answer.json()["error"]
+        assert (error["type"], error["message"]) == ("overloaded_error", "busy")
+        assert answer.json()["request_id"] == "r1"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("told", [None, 17, 0.2])
+    def test_a_limit_tells_when_to_come_back(
+        self, lab: Lab, stream: bool, told: float | None
+    ) -> None:
+        failed = {"code": "upstream_http_429", "message": "slow down"}
+        if told is not None:
+            failed["retry_after"] = told  # type: ignore[assignment]
+        script = ZsScript(lab, zs_says({"status": {"failed": failed}}))
+        own = {"gateSeconds": 5, "retryDelayMs": 1}
+        proxy = lab.proxy(script.endpoint(), failover=own)
+        answer = proxy.post(zs_body(stream=stream))
+        assert answer.status == 429, answer
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        expected = {None: "", 17: "17", 0.2: "1"}[told]
+        assert answer.field("retry-after") == expected
+        found = states(proxy)["zed"].cooldowns
+        if told == 17:
+            assert 10 < found[0][2] <= 18, found
+
+    def test_failed_after_content_is_an_error_event(self, lab: Lab) -> None:
+        failed = {"code": "upstream_http_529", "message": "busy"}
+        lines = [*zs_text()[:3], {"status": {"failed": failed}}]
+        script = ZsScript(lab, zs_says(*lines))
+        proxy = lab.proxy(script.endpoint(), lab.upstream())
+        answer = proxy.post(zs_body(stream=True))
+        events = zs_events(answer.body)
+        assert events[-1][0] == "error"
+        assert events[-1][1]["error"]["type"] == "overloaded_error"
+        assert [kind for kind, _ in events[:3]] == [e["type"] for e in zs_text()[:3]]
+        assert proxy.row()["ended"] == "upstream_error"
+        assert rules(proxy, "zed") == ["error-late"]
+
+    @pytest.mark.parametrize("how", ["close", "end", "stream_ended", "half", "garbage"])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_cut_is_told(self, lab: Lab, how: str, stream: bool) -> None:
+        data = zs_lines(zs_text()[:3])
+        data += {"half": b'{"event": {"ty', "garbage": b"oops\n"}.get(how, b"")
+        if how == "stream_ended":
+            data += zs_lines([{"status": "stream_ended"}])
+
+        def completing(wire: Wire, _: Received, __: Any) -> None:
+            kind = b"application/x-ndjson"
+            wire.send(CHUNKED_SSE.replace(b"text/event-stream", kind) + chunk(data))
+            if how == "close":
+                wire.close()
+            else:
+                wire.send(b"0\r\n\r\n")
+
+        script = ZsScript(lab, completing)
+        proxy = lab.proxy(script.endpoint())
+        client = proxy.client().post(zs_body(stream=stream))
+        if not stream:
+            answer = client.answer()
+            assert answer.status >= 500, answer
+            assert answer.json()["type"] == "error"
+            return
+        client.head()
+        got = b""
+        with contextlib.suppress(Exception):
+            while piece := client.more():
+                got += piece
+        events = zs_events(got)
+        assert events[-1][0] == "error"
+        assert [kind for kind, _ in events].count("error") == 1
+        assert proxy.row()["ended"] in ("upstream_error", "truncated")
+
+    @pytest.mark.parametrize("length", ["content-length", "close"])
+    @pytest.mark.parametrize("cut", [False, True])
+    def test_other_framings(self, lab: Lab, length: str, cut: bool) -> None:
+        data = zs_lines(zs_text()[: 3 if cut else None])
+
+        def completing(wire: Wire, _: Received, __: Any) -> None:
+            head = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n"
+            if length == "content-length":
+                wire.send(head + b"content-length: %d\r\n\r\n" % len(data) + data)
+            else:
+                wire.send(head + b"connection: close\r\n\r\n" + data)
+                wire.close()
+
+        script = ZsScript(lab, completing)
+        proxy = lab.proxy(script.endpoint())
+        client = proxy.client().post(zs_body(stream=True))
+        client.head()
+        events = zs_events(client.rest())
+        assert events[-1][0] == ("error" if cut else "message_stop")
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(
+        ("status", "said", "seen", "kind"),
+        [
+            (400, {"code": "x", "message": "m"}, 400, "invalid_request_error"),
+            (402, {"message": "pay"}, 402, "billing_error"),
+            (403, {"message": "no"}, 403, "permission_error"),
+            (
+                *(502, {"code": "upstream_http_error", "message": "m"}),
+                *(502, "api_error"),
+            ),
+            (
+                500,
+                {"code": "upstream_http_error", "message": "m", "upstream_status": 400},
+                *(400, "invalid_request_error"),
+            ),
+            (
+                500,
+                {"code": "upstream_http_429", "message": "m"},
+                429,
+                "rate_limit_error",
+            ),
+            (503, {"code": "http_529", "message": "m"}, 529, "overloaded_error"),
+            (413, {"message": "m"}, 413, "request_too_large"),
+        ],
+    )
+    def test_error_answers(
+        self,
+        lab: Lab,
+        status: int,
+        said: dict[str, Any],
+        seen: int,
+        kind: str,
+        stream: bool,
+    ) -> None:
+        script = ZsScript(lab, zs_fails(status, **said))
+        proxy = lab.proxy(script.endpoint(), failover={"retryDelayMs": 1})
+        answer = proxy.post(zs_body(stream=stream))
+        assert answer.status == seen, answer
+        document = answer.json()
+        assert (document["type"], document["error"]["type"]) == ("error", kind)
+        assert document["error"]["message"] == said["message"]
+        assert answer.field("retry-after") == ""
+        assert answer.field("content-type").startswith("application/json")
+
+    def test_an_errors_time_is_told_and_kept_to(self, lab: Lab) -> None:
+        said = {"code": "upstream_http_429", "message": "m", "retry_after": 40}
+        script = ZsScript(lab, zs_fails(500, **said))
+        up = lab.upstream()
+        proxy = lab.proxy(script.endpoint(), up)
+        assert proxy.post(zs_body()).status == 200
+        ((_, rule, left_s),) = states(proxy)["zed"].cooldowns
+        assert rule.startswith("limited")
+        assert 30 < left_s <= 41
+        assert proxy.post(zs_body()).status == 200
+        assert len(script.asked) == 1
+
+    def test_models_that_are_not_claudes_go_elsewhere(self, lab: Lab) -> None:
+        script, up = ZsScript(lab), lab.upstream()
+        proxy = lab.proxy(script.endpoint(), up)
+        assert proxy.post(zs_body(model="gpt-5")).status == 200
+        assert proxy.post(zs_body(model="gpt-5")).status == 200
+        assert (len(script.asked), len(up.requests)) == (0, 2)
+        alone = lab.proxy(script.endpoint())
+        answer = alone.post(zs_body(model="gpt-5"))
+        assert answer.status == 400
+        assert answer.json()["error"]["message"].startswith("model: ")
+
+    def test_count_tokens_is_estimated(self, lab: Lab) -> None:
+        script = ZsScript(lab)
+        proxy = lab.proxy(script.endpoint())
+        answer = proxy.ask("POST", "/v1/messages/count_tokens", zs_body())
+        assert answer.status == 200, answer
+        assert answer.field("x-claude-lb-estimate") == "1"
+        assert answer.json()["input_tokens"] > 0
+        assert not script.asked
+
+    def test_other_paths_need_an_endpoint_of_ours(self, lab: Lab) -> None:
+        script, up = ZsScript(lab), lab.upstream()
+        alone = lab.proxy(script.endpoint())
+        told = own_error(alone.ask("GET", "/v1/files"), 404, "not_found_error")
+        assert "anthropic" in told
+        both = lab.proxy(script.endpoint(), up)
+        assert both.ask("GET", "/v1/files").status == 200
+        assert up.requests[-1].target == "/v1/files"
+
+
+@at_the_oldest
+class TestZedSocketsThreads:
+    def test_a_conversation_keeps_its_thread(self, lab: Lab) -> None:
+        script = ZsScript(lab)
+        proxy = lab.proxy(script.endpoint())
+        for number in (1, 1, 2, 1):
+            proxy.post(zs_body(), zs_session(number))
+        found = script.envelopes()
+        threads = [e["thread_id"] for e in found]
+        assert threads[0] == threads[1] == threads[3] != threads[2]
+        assert len({e["prompt_id"] for e in found}) == 4
+        for value in (*threads, *(e["prompt_id"] for e in found)):
+            assert uuid.UUID(value).version == 4
+        assert set(found[0]) == {
+            *("thread_id", "prompt_id", "provider", "model", "provider_request"),
+        }
+        assert (found[0]["provider"], found[0]["model"]) == ("anthropic", ZS_MODEL)
+        assert "stream" not in found[0]["provider_request"]
+
+    def test_the_older_wire_form(self, lab: Lab) -> None:
+        script = ZsScript(lab)
+        own = script.endpoint(wire="older", default_mode="burn")
+        proxy = lab.proxy(own)
+        proxy.post(zs_body(), zs_session())
+        result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "x"}
+        call = {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {}}
+        turns = [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": [call]},
+            {"role": "user", "content": [result]},
+        ]
+        proxy.post(zs_body(*turns), zs_session())
+        first, second = script.envelopes()
+        assert (first["intent"], first["mode"]) == ("user_prompt", "max")
+        assert (second["intent"], second["mode"]) == ("tool_results", "max")
+
+    @pytest.mark.parametrize(
+        ("wish", "mode"), [("normal", "normal"), ("burn", "max"), ("max", "max")]
+    )
+    def test_a_route_names_the_mode(self, lab: Lab, wish: str, mode: str) -> None:
+        script = ZsScript(lab)
+        steps = [{"endpoint": "zed", "mode": wish, "model": ZS_MODEL}]
+        routes = {"claude-of-mine": steps}
+        proxy = lab.proxy(script.endpoint(wire="older"), routes=routes)
+        assert zs_said(proxy.post(zs_body(model="claude-of-mine"))) == "hello"
+        (envelope,) = script.envelopes()
+        assert (envelope["mode"], envelope["model"]) == (mode, ZS_MODEL)
+        assert envelope["provider_request"]["model"] == ZS_MODEL
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("late", [False, True])
+    @pytest.mark.parametrize(
+        "code",
+        [
+            *claude_lb.USUAL_ZED.rotation_errors,
+            *claude_lb.USUAL_ZED.continuation_errors,
+        ],
+    )
+    def test_an_error_of_the_thread_is_tried_again(
+        self, lab: Lab, code: str, late: bool, stream: bool
+    ) -> None:
+        said = {"code": code, "message": "no more"}
+        fails = zs_says({"status": {"failed": said}}) if late else zs_fails(400, **said)
+        script = ZsScript(lab, zs_in_turn(fails, zs_says(*zs_text())))
+        proxy = lab.proxy(script.endpoint(), failover={"gateSeconds": 5})
+        answer = proxy.post(zs_body(stream=stream), zs_session())
+        assert answer.status == 200, answer
+        assert b"hello" in answer.body
+        first, second = script.envelopes()
+        assert first["provider_request"] == second["provider_request"]
+        assert first["prompt_id"] != second["prompt_id"]
+        rotates = code in claude_lb.USUAL_ZED.rotation_errors
+        assert (first["thread_id"] != second["thread_id"]) == rotates
+        proxy.post(zs_body(), zs_session())
+        assert script.envelopes()[2]["thread_id"] == second["thread_id"]
+        assert rules(proxy, "zed") == []
+
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    def test_three_attempts_at_most(self, lab: Lab, elsewhere: bool) -> None:
+        said = {"code": "thread_expired", "message": "no more"}
+        script = ZsScript(lab, zs_fails(500, **said))
+        more = [lab.upstream()] if elsewhere else []
+        proxy = lab.proxy(script.endpoint(), *more)
+        answer = proxy.post(zs_body())
+        assert len(script.asked) == 3
+        assert len({e["thread_id"] for e in script.envelopes()}) == 3
+        if elsewhere:
+            assert answer.status == 200
+        else:
+            assert answer.status == 500
+            assert answer.json()["error"]["message"] == "no more"
+
+    def test_ttl_context_and_task_rotate(self, lab: Lab) -> None:
+        script = ZsScript(lab)
+        threads = {"ttl": 50}
+        context = {"max_context_tokens": 1000}
+        own = script.endpoint(thread_management=threads, context_management=context)
+        proxy = lab.proxy(own)
+        clock = [100.0]
+        proxy.server.zed._clock = lambda: clock[0]
+        talk = [{"role": "user", "content": "hi"}]
+
+        def turn() -> str:
+            assert zs_said(proxy.post(zs_body(*talk), zs_session())) == "hello"
+            eventually(lambda: zs_is_over_of(proxy), "what it took is learnt")
+            return str(script.envelopes()[-1]["thread_id"])
+
+        first = turn()
+        clock[0] += 51
+        second = turn()
+        assert first != second
+        talk += [
+            {"role": "assistant", "content": "a"},
+            {"role": "user", "content": "b"},
+        ]
+        assert turn() == second
+        talk[1]["content"] = "word " * 900
+        third = turn()
+        assert third != second
+        assert turn() == third
+        talk[:] = [{"role": "user", "content": "another"}]
+        assert turn() != third
+        status = report(proxy, "/zed/threads/status")["endpoints"]["zed"]
+        assert status["rotations"] == {"ttl": 1, "context": 1, "task": 1}
+        assert status["count"] == 1
+        assert status["threads"][0]["requests"] == 6
+
+    def test_reports(self, lab: Lab) -> None:
+        script = ZsScript(lab, zs_says(*zs_text(input_tokens=700)))
+        server = {"clientKeys": [KEY]}
+        proxy = lab.proxy(script.endpoint(), server=server)
+        key = f"x-api-key: {KEY}"
+        for stream in (False, True):
+            proxy.post(zs_body(stream=stream), key, zs_session())
+        eventually(lambda: zs_is_over_of(proxy), "both are over")
+        for path in ("/zed/threads/status", "/zed/cost-analysis"):
+            own_error(proxy.ask("GET", path), 401, "authentication_error")
+            assert proxy.ask("HEAD", path, b"", key, counts=0).status == 200
+            for method in ("PUT", "POST", "DELETE", "PATCH"):
+                assert proxy.ask(method, path, b"", key).status == 405
+            assert proxy.ask("OPTIONS", path, b"", key, counts=0).status == 204
+            origin = "Origin: https://evil.example"
+            assert proxy.ask("GET", path, b"", key, origin).status == 403
+            assert (
+                proxy.ask("GET", path, b"", key, "Host: rebound.example").status == 421
+            )
+        threads = report(proxy, "/zed/threads/status", key)["endpoints"]["zed"]
+        costs = report(proxy, "/zed/cost-analysis", key)["endpoints"]["zed"]
+        (thread,) = threads["threads"]
+        assert thread["requests"] == 2
+        assert thread["context_tokens"] > 0
+        (row,) = costs["models"]
+        assert (row["requests"], row["prompts"], row["mode"]) == (2, 2, "normal")
+        assert "u" not in str(thread["conversation"])
+
+    def test_a_thread_survives_a_move(self, lab: Lab) -> None:
+        script, up = ZsScript(lab), lab.upstream()
+        script.completing = zs_in_turn(
+            zs_says(*zs_text()), zs_fails(503, message="x"), zs_says(*zs_text())
+        )
+        proxy = lab.proxy({**script.endpoint(), "priority": 0}, up)
+        change(proxy, "/api/mode", b'{"mode": "manual", "endpoint": "zed"}')
+        proxy.post(zs_body(), zs_session())
+        change(proxy, "/api/mode", b'{"mode": "auto"}')
+        for _ in range(2):
+            assert proxy.post(zs_body(), zs_session()).status == 200
+        later(proxy, 1000)
+        while len(script.asked) < 3:
+            assert proxy.post(zs_body(), zs_session()).status == 200
+        assert len({e["thread_id"] for e in script.envelopes()}) == 1
+
+
+class TestZedSocketsReload:
+    def test_another_credential_drops_the_token(self, lab: Lab) -> None:
+        script = ZsScript(lab)
+        proxy = OnFile(lab, lab.upstream())
+
+        def write(**settings: Any) -> None:
+            whole = {**proxy._sections, "endpoints": [script.endpoint(**settings)]}
+            proxy.path.write_text(json.dumps(whole))
+
+        write()
+        assert proxy.reload().status == 200
+        assert zs_said(proxy.post(zs_body(), zs_session())) == "hello"
+        assert proxy.reload().status == 200
+        assert zs_said(proxy.post(zs_body(), zs_session())) == "hello"
+        assert len(script.mints) == 1
+        assert len({e["thread_id"] for e in script.envelopes()}) == 1
+        old = script.credential
+        script.credential = f"{old}-2"
+        write()
+        assert proxy.reload().status == 200
+        assert zs_said(proxy.post(zs_body(), zs_session())) == "hello"
+        assert [m.values("authorization")[0] for m in script.mints] == [old, f"{old}-2"]
+        zs_silent(proxy, script)
+
+    def test_a_token_of_the_old_credential_is_not_kept(self, lab: Lab) -> None:
+        script, gate = ZsScript(lab), lab.gate()
+        old = script.credential
+
+        def slowly(wire: Wire, request: Received) -> None:
+            assert gate.wait(BOUND_S)
+            script.mint(wire, request)
+
+        script.minting = slowly
+        proxy = OnFile(lab, lab.upstream())
+
+        def write() -> None:
+            whole = {**proxy._sections, "endpoints": [script.endpoint()]}
+            proxy.path.write_text(json.dumps(whole))
+
+        write()
+        assert proxy.reload().status == 200
+        client = proxy.client().post(zs_body())
+        eventually(lambda: script.mints, "the token is asked for")
+        script.credential = f"{old}-2"
+        write()
+        assert proxy.reload().status == 200
+        gate.set()
+        client.answer()
+        assert zs_said(proxy.post(zs_body())) == "hello"
+        assert script.mints[-1].values("authorization") == [f"{old}-2"]
+        used = script.asked[-1].values("authorization")
+        assert used == [f"Bearer {script.minted[-1]}"]
+        assert len(script.minted) == 2
+
+    def test_an_endpoint_that_goes_while_its_token_is_made(self, lab: Lab) -> None:
+        script, gate, up = ZsScript(lab), lab.gate(), lab.upstream()
+
+        def slowly(wire: Wire, request: Received) -> None:
+            assert gate.wait(BOUND_S)
+            script.mint(wire, request)
+
+        script.minting = slowly
+        proxy = OnFile(lab, lab.upstream())
+        whole = {**proxy._sections, "endpoints": [script.endpoint()]}
+        proxy.path.write_text(json.dumps(whole))
+        assert proxy.reload().status == 200
+        client = proxy.client().post(zs_body())
+        eventually(lambda: script.mints, "the token is asked for")
+        proxy.write(up)
+        assert proxy.reload().status == 200
+        gate.set()
+        answer = client.answer()
+        assert answer.status in (200, 502, 503), answer
+        assert proxy.post(zs_body()).status == 200
+        eventually(lambda: zs_is_over_of(proxy), "it is over")
+        zs_silent(proxy, script)
+
+    def test_a_stream_survives_a_reload(self, lab: Lab) -> None:
+        gate, up, events = lab.gate(), lab.upstream(), zs_text()
+
+        def completing(wire: Wire, _: Received, __: Any) -> None:
+            wire.send(CHUNKED_SSE.replace(b"text/event-stream", b"text/plain"))
+            wire.send(chunk(zs_lines(events[:3])))
+            assert gate.wait(BOUND_S)
+            wire.send(chunk(zs_lines(events[3:])) + b"0\r\n\r\n")
+
+        script = ZsScript(lab, completing)
+        proxy = OnFile(lab, lab.upstream())
+        whole = {**proxy._sections, "endpoints": [script.endpoint()]}
+        proxy.path.write_text(json.dumps(whole))
+        assert proxy.reload().status == 200
+        client = proxy.client().post(zs_body(stream=True))
+        client.head()
+        seen = client.until(b'"hello"}}\n\n')
+        proxy.write(up)
+        assert proxy.reload().status == 200
+        gate.set()
+        assert zs_events(seen + client.rest())[-1][0] == "message_stop"
+        assert report(proxy, "/zed/threads/status") == {"endpoints": {}}
+
+
+class TestZedSocketsConfig:
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"dialect": "anthropic", "zed": {"thread_ttl": 5}}, "zed"),
+            ({"dialect": "openai", "zed": {"thread_ttl": 5}}, "zed"),
+            ({"openai": {"files": True}}, "openai"),
+            ({"zed": {"thread_tl": 5}}, "thread_ttl"),
+            ({"zed": {"default_mode": "brun"}}, "burn"),
+            ({"zed": {"wire": "old"}}, "older"),
+            ({"zed": {"context_management": {"max_context_token": 5}}}, "tokens"),
+            (
+                {"zed": {"thread_management": {"error_classification": {"x": []}}}},
+                "x",
+            ),
+            ({"zed": {"thread_management": {"ttl": 0}}}, "ttl"),
+            ({"zed": {"thread_management": {"max_retries": True}}}, "max_retries"),
+            ({"zed": []}, "zed"),
+            ({"authToken": "canary-without-a-space"}, "user's id"),
+            ({"authToken": "canary two spaces"}, "user's id"),
+            ({"authType": "passthrough"}, "passthrough"),
+            ({"zed": {"version": "1\r\nx: y"}}, "version"),
+            ({"zed": {"version": "é"}}, "version"),
+        ],
+    )
+    def test_faults(self, changes: dict[str, Any], words: str) -> None:
+        entry = {
+            "name": "z",
+            "baseURL": "https://zed.example",
+            "dialect": "zed",
+            "authToken": "user canary-token",
+            **changes,
+        }
+        with pytest.raises(claude_lb.ConfigError) as caught:
+            claude_lb.parse_config(
+                json.dumps({"endpoints": [entry]}), name="f", source=Source()
+            )
+        assert words in str(caught.value)
+        assert "canary" not in str(caught.value)
+
+    @pytest.mark.parametrize("value", ["canary-no-space", "user-1 canary-token"])
+    def test_the_provider_balancers_file(self, program: Any, value: str) -> None:
+        errors = {
+            "thread_rotation_errors": ["context_length_exceeded"],
+            "prompt_continuation_errors": ["tool_calls_limit_exceeded"],
+        }
+        settings = {
+            "default_mode": "normal",
+            "auto_burn_mode_triggers": ["complex_coding_task", "agent_panel_usage"],
+            "context_management": {
+                "max_context_tokens": 120000,
+                "rotation_threshold": 0.8,
+                "summarization_method": "ai",
+            },
+            "thread_management": {
+                "ttl": 3600,
+                "auto_rotate": True,
+                "task_based_isolation": True,
+                "max_retries": 3,
+                "summarization_max_length": 2000,
+                "error_classification": errors,
+            },
+        }
+        usual = {"auth_type": "api_key", "enabled": True}
+        official = {"name": "a", "type": "anthropic", "base_url": "https://a.example"}
+        zed = {"name": "zed", "type": "zed", "base_url": "https://zed.example"}
+        file = {
+            "providers": [
+                {**official, **usual, "auth_value": "canary-key"},
+                {**zed, **usual, "auth_value": value, "zed_config": settings},
+            ],
+            "model_routes": {
+                "claude-sonnet-4-burn": [
+                    {"provider": "zed", "model": "claude-sonnet-4", "mode": "burn"}
+                ],
+                "*": [{"provider": "a", "model": "passthrough", "priority": 1}],
+            },
+        }
+        for step in file["model_routes"]["claude-sonnet-4-burn"]:  # type: ignore[index]
+            step["priority"] = 1
+        path = program.write("providers.json", file)
+        run = program.run("-c", str(path), "--check")
+        said = run.out + run.err
+        assert "the configuration is good" in said, said
+        assert "canary" not in said
+        assert ("zed (disabled)" in said) == (" " not in value)
+        assert ("nothing is summarised" in said) == (" " in value)
+
+
+@at_the_newest
+class TestZedSocketsSdk:
+    """The official Python SDK over a Zed endpoint."""
+
+    @pytest.fixture
+    def made(self, sdk: Any, lab: Lab) -> Iterator[Callable[..., Any]]:
+        clients = []
+
+        def make(*steps: ZsCompleting) -> Any:
+            script = ZsScript(lab, zs_in_turn(*steps))
+            own = {"gateSeconds": 5, "retryDelayMs": 1}
+            proxy = lab.proxy(script.endpoint(), failover=own)
+            url = f"http://127.0.0.1:{proxy.port}"
+            client = sdk.Anthropic(base_url=url, api_key="sk-x", max_retries=0)
+            clients.append(client)
+            return lab, script, client
+
+        yield make
+        for client in clients:
+            client.close()
+
+    def turn(self, made: Any, stream: bool, **changes: Any) -> Any:
+        """Ask once; return the message."""
+        lab, _, client = made
+        lab.counted += 1
+        hello = [{"role": "user", "content": "hé\u2028 \U0001f600"}]
+        asked = {"model": ZS_MODEL, "max_tokens": 99, "messages": hello, **changes}
+        if not stream:
+            return client.messages.create(**asked)
+        with client.messages.stream(**asked) as events:
+            return events.get_final_message()
+
+    @pytest.mark.parametrize("wrapped", [False, True])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_text(self, made: Any, stream: bool, wrapped: bool) -> None:
+        text = "né\u2028\u0085 \U0001f600\r\n data: {}"
+        setup = made(zs_says(*zs_text(text), wrapped=wrapped, sizes=(11, 1)))
+        message = self.turn(setup, stream)
+        assert message.content[0].text == text
+        assert (message.stop_reason, message.model) == ("end_turn", ZS_MODEL)
+        assert (message.usage.input_tokens, message.usage.output_tokens) == (10, 5)
+        (envelope,) = setup[1].envelopes()
+        said = envelope["provider_request"]["messages"][0]["content"]
+        assert said == "hé\u2028 \U0001f600"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_tools_in_parallel_and_thinking(self, made: Any, stream: bool) -> None:
+        setup = made(zs_says(*ZS_TOOLS, sizes=(5, 50)), zs_says(*zs_text()))
+        tools = [{"name": "look", "input_schema": {"type": "object"}}]
+        first = self.turn(setup, stream, tools=tools)
+        found = [block.to_dict() for block in first.content]
+        assert found == [ZS_THOUGHT, *ZS_CALLS]
+        results = [
+            {"type": "tool_result", "tool_use_id": f"toolu_{n}", "content": "sunny"}
+            for n in (1, 2)
+        ]
+        turns = [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": first.content},
+            {"role": "user", "content": results},
+        ]
+        second = self.turn(setup, stream, tools=tools, messages=turns)
+        assert second.content[0].text == "hello"
+        sent = setup[1].envelopes()[1]["provider_request"]["messages"]
+        assert sent[1]["content"] == [ZS_THOUGHT, *ZS_CALLS]
+        assert sent[2]["content"] == results
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(
+        ("status", "name"),
+        [
+            (400, "BadRequestError"),
+            (403, "PermissionDeniedError"),
+            (429, "RateLimitError"),
+            (529, "OverloadedError"),
+            (500, "InternalServerError"),
+        ],
+    )
+    @pytest.mark.parametrize("late", [False, True])
+    def test_errors_are_typed(
+        self,
+        sdk: Any,
+        made: Any,
+        status: int,
+        name: str,
+        stream: bool,
+        late: bool,
+    ) -> None:
+        said = {"code": f"upstream_http_{status}", "message": "no, sorry"}
+        fails = zs_says({"status": {"failed": said}}) if late else zs_fails(502, **said)
+        with pytest.raises(sdk.APIStatusError) as caught:
+            self.turn(made(fails), stream)
+        assert caught.value.status_code == status
+        assert "no, sorry" in str(caught.value)
+        kind = getattr(sdk, name, sdk.APIStatusError)
+        assert isinstance(caught.value, kind)
+
+    def test_a_failure_in_the_middle(self, sdk: Any, made: Any) -> None:
+        failed = {"code": "upstream_http_529", "message": "busy"}
+        lines = [*zs_text()[:3], {"status": {"failed": failed}}]
+        with pytest.raises(sdk.APIStatusError, match="busy"):
+            self.turn(made(zs_says(*lines)), True)
+
+
+# -- attacks on the dialects -------------------------------------------------
+
+
+ZS_OPENAI_CHUNK = {"id": "c1", "object": "chat.completion.chunk", "created": 1}
+
+
+def zs_openai_whole(text: str = "hello") -> bytes:
+    said = {"role": "assistant", "content": text}
+    choice = {"index": 0, "finish_reason": "stop", "message": said}
+    usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    facts = {"id": "c1", "object": "chat.completion", "model": "m", "usage": usage}
+    return json.dumps({**facts, "choices": [choice]}).encode()
+
+
+def zs_openai_stream(text: str = "hello") -> bytes:
+    def part(delta: Any, finish: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        return (
+            f"data: {json.dumps({**ZS_OPENAI_CHUNK, 'choices': [choice]})}\n\n".encode()
+        )
+
+    return part({"content": text}) + part({}, "stop") + b"data: [DONE]\n\n"
+
+
+def zs_openai_endpoint(up: ScriptedUpstream, **settings: Any) -> dict[str, Any]:
+    whole = {"name": "oai", "baseURL": up.url, "dialect": "openai"}
+    return {**whole, "authToken": "canary-openai", "openai": settings}
+
+
+def zs_claude_whole(text: str = "hello") -> bytes:
+    block = {"type": "text", "text": text}
+    facts = {"id": "msg_1", "type": "message", "role": "assistant", "content": [block]}
+    usage = {"input_tokens": 3, "output_tokens": 2}
+    more = {"model": ZS_MODEL, "stop_reason": "end_turn", "usage": usage}
+    return json.dumps({**facts, **more}).encode()
+
+
+def zs_chat_ask(proxy: Proxy, *fields: str, **more: Any) -> Answer:
+    """Ask as an OpenAI client."""
+    said = [{"role": "user", "content": f"hi {uuid.uuid4().hex}"}]
+    body = json.dumps({"model": ZS_MODEL, "messages": said, **more}).encode()
+    return proxy.ask("POST", "/v1/chat/completions", body, *fields)
+
+
+def zs_chat_said(answer: Answer) -> str:
+    """Return the text of a chat completion, streamed or whole."""
+    assert answer.status == 200, answer
+    if answer.field("content-type").startswith("application/json"):
+        return str(answer.json()["choices"][0]["message"]["content"])
+    assert answer.body.endswith(b"data: [DONE]\n\n"), answer
+    said = []
+    for line in answer.body.split(b"\n\n")[:-2]:
+        assert line.startswith(b"data: ")
+        assert b"\n" not in line
+        for choice in json.loads(line[6:])["choices"]:
+            said.append(choice["delta"].get("content") or "")
+    return "".join(said)
+
+
+@at_the_newest
+class TestDialectsUnderAttack:
+    @pytest.mark.parametrize("chat", [False, True])
+    @pytest.mark.parametrize("wanted", [False, True])
+    @pytest.mark.parametrize("given", [False, True])
+    def test_what_was_asked_for_is_given(
+        self, lab: Lab, given: bool, wanted: bool, chat: bool
+    ) -> None:
+        """An OpenAI endpoint that streams as it likes, not as it is asked."""
+
+        def answering(wire: Wire, _: Received) -> None:
+            if given:
+                wire.stream(zs_openai_stream())
+            else:
+                wire.answer(200, zs_openai_whole())
+
+        proxy = lab.proxy(zs_openai_endpoint(lab.upstream(answering)))
+        if chat:
+            answer = zs_chat_ask(proxy, stream=wanted)
+            assert zs_chat_said(answer) == "hello"
+        else:
+            answer = proxy.post(zs_body(stream=wanted))
+            if wanted:
+                assert zs_events(answer.body)[-1][0] == "message_stop"
+            else:
+                assert zs_said(answer) == "hello"
+        kind = answer.field("content-type")
+        assert kind.startswith("text/event-stream") == wanted
+
+    @pytest.mark.parametrize("place", ["zed", "openai", "chat"])
+    @pytest.mark.parametrize("status", [400, 500])
+    def test_an_encoded_error_is_told_plainly(
+        self, lab: Lab, place: str, status: int
+    ) -> None:
+        def answering(wire: Wire, *_: object) -> None:
+            wire.answer(status, b"\x1f\x8b no gzip", "content-encoding: gzip")
+
+        if place == "zed":
+            answer = lab.proxy(ZsScript(lab, answering).endpoint()).post(zs_body())
+        elif place == "openai":
+            up = lab.upstream(answering)
+            answer = lab.proxy(zs_openai_endpoint(up)).post(zs_body())
+        else:
+            answer = zs_chat_ask(lab.proxy(lab.upstream(answering)))
+        assert answer.status == status, answer
+        assert answer.field("content-encoding") == ""
+        assert answer.json()["error"]["message"]
+
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_our_keys_stay_here_when_models_are_listed(
+        self, lab: Lab, number: int
+    ) -> None:
+        ups = [lab.upstream(), lab.upstream()]
+        passing = {"name": "p", "baseURL": ups[0].url, "authType": "passthrough"}
+        server = {"clientKeys": [KEY]}
+        proxy = lab.proxy(*[passing, ups[1]][:number], server=server)
+        theirs = "authorization: Bearer sk-theirs"
+        for fields in ([f"x-api-key: {KEY}", theirs], [f"authorization: Bearer {KEY}"]):
+            client = proxy.client().ask("GET", "/v1/models", b"", *fields, counts=0)
+            client.answer()
+        got = b"\n".join(line for up in ups for r in up.requests for line in r.lines)
+        assert KEY.encode() not in got
+        lab.counted = len([x for x in proxy.lines() if x["event"] == "exchange"])
+
+    @pytest.mark.parametrize("place", ["zed", "openai"])
+    def test_what_goes_to_a_foreign_endpoint(self, lab: Lab, place: str) -> None:
+        script, up = (
+            ZsScript(lab),
+            lab.upstream(lambda wire, _: wire.answer(200, zs_openai_whole())),
+        )
+        zed = place == "zed"
+        own = script.endpoint(version="1.0") if zed else zs_openai_endpoint(
+            up, keyField="api-key"
+        )  # fmt: skip
+        proxy = lab.proxy(own)
+        answer = proxy.post(
+            zs_body(),
+            *("authorization: Bearer canary-1", "x-api-key: canary-2"),
+            *("api-key: canary-3", "cookie: canary-4", "anthropic-beta: a"),
+            *("anthropic-version: 2023-06-01", "x-stainless-lang: py", "x-app: cli"),
+            *("x-zed-version: canary-5", "proxy-authorization: Basic canary-6"),
+            *(zs_session(), "connection: keep-alive, x-hop", "x-hop: canary-7"),
+            *("content-type: application/json; charset=utf-8", "accept-encoding: br"),
+        )
+        assert answer.status == 200, answer
+        request = script.asked[-1] if zed else up.requests[-1]
+        names = [line.partition(b":")[0].lower().decode() for line in request.lines]
+        assert len(set(names)) == len(names), names
+        assert not re.findall(rb"canary-\d", b"\n".join(request.lines))
+        bad = ("anthropic-", "x-stainless-", "x-claude-code-", "cookie", "x-app")
+        assert not [name for name in names if name.startswith(bad)]
+        if not zed:
+            assert request.values("api-key") == ["canary-openai"]
+            assert request.values("authorization") == []
+
+    @pytest.mark.parametrize("place", ["zed", "openai", "chat"])
+    @pytest.mark.parametrize("index", ["[]", "{}", "-1", "1e9"])
+    def test_an_index_that_is_none(self, lab: Lab, place: str, index: str) -> None:
+        block = '{"type": "tool_use", "id": "t", "name": "n", "input": {}}'
+        opens = f'{{"type": "content_block_start", "index": {index}, "content_block": '
+        event = f"{opens}{block}}}".encode()
+        call = f'{{"index": {index}, "id": "t", "function": {{"name": "n"}}}}'
+        part = f'data: {{"choices": [{{"delta": {{"tool_calls": [{call}]}}}}]}}\n\n'
+
+        def answering(wire: Wire, *_: object) -> None:
+            if place == "openai":
+                wire.stream(part.encode(), zs_openai_stream())
+            elif place == "zed":
+                lines = [zs_lines([e]) for e in zs_text()]
+                wire.stream(lines[0], event + b"\n", *lines[1:])
+            else:
+                whole = [
+                    f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in zs_text()
+                ]
+                told = b"event: content_block_start\ndata: " + event + b"\n\n"
+                wire.stream(whole[0].encode(), told, *[w.encode() for w in whole[1:]])
+
+        end: Any = lab.upstream(answering)
+        if place == "zed":
+            end = ZsScript(lab, answering).endpoint()
+        elif place == "openai":
+            end = zs_openai_endpoint(end)
+        for chat in (False, True):
+            proxy = lab.proxy(end)
+            answer = zs_chat_ask(proxy, stream=True) if chat else proxy.post(
+                zs_body(stream=True)
+            )  # fmt: skip
+            assert answer.status == 200, answer
+            assert b"fault of the proxy" not in answer.body
+            assert "traceback" not in proxy.log()
+
+    @pytest.mark.parametrize("place", ["zed", "openai"])
+    def test_no_number_that_json_has_not(self, lab: Lab, place: str) -> None:
+        script, up = (
+            ZsScript(lab),
+            lab.upstream(lambda wire, _: wire.answer(200, zs_openai_whole())),
+        )
+        proxy = lab.proxy(
+            script.endpoint() if place == "zed" else zs_openai_endpoint(up)
+        )
+        for word in (b"NaN", b"Infinity", b"-Infinity"):
+            body = zs_body(temperature=0.5).replace(b"0.5", word)
+            answer = proxy.post(body)
+            assert answer.status == 400, answer
+        assert not script.asked + up.requests
+
+    def test_a_long_whole_answer_takes_its_time_only(self, lab: Lab) -> None:
+        """Gathering is linear: copying 24 MB for each read takes 3 s of CPU."""
+        text = "x" * (24 << 20)
+        up = lab.upstream(lambda wire, _: wire.answer(200, zs_openai_whole(text)))
+        proxy, before = lab.proxy(zs_openai_endpoint(up)), time.process_time()
+        assert len(zs_said(proxy.post(zs_body()))) == len(text)
+        assert time.process_time() - before < 2.0
+
+    @pytest.mark.parametrize("place", ["zed", "openai", "chat"])
+    @pytest.mark.parametrize("status", [204, 304])
+    def test_an_answer_that_has_no_body(
+        self, lab: Lab, status: int, place: str
+    ) -> None:
+        """No byte of ours follows a head that says that there are none."""
+
+        def answering(wire: Wire, *_: object) -> None:
+            wire.send(f"HTTP/1.1 {status} X\r\n\r\n".encode())
+
+        zed = ZsScript(lab, answering).endpoint() if place == "zed" else None
+        up = lab.upstream(answering)
+        ends = {"zed": zed, "openai": zs_openai_endpoint(up), "chat": up}
+        proxy = lab.proxy(ends[place])
+        client, paths = proxy.client(), {"chat": "/v1/chat/completions"}
+        path = paths.get(place, "/v1/messages")
+        data = zs_body()
+        assert client.ask("POST", path, data).answer().status in (204, 304, 502)
+        health = client.ask("GET", "/health", counts=0).answer()
+        assert "status" in health.json()
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(
+        "content", ["7", "[7]", "[null]", '["x"]', '[{"type": ["x"]}]', "{}", "null"]
+    )
+    def test_content_that_is_none(self, lab: Lab, content: str, stream: bool) -> None:
+        body = f'{{"type": "message", "content": {content}}}'.encode()
+        proxy = lab.proxy(lab.upstream(lambda wire, _: wire.answer(200, body)))
+        answer = zs_chat_ask(proxy, stream=stream)
+        assert answer.status in (200, 502), answer
+        assert "traceback" not in proxy.log()
+
+    def test_zeds_models_are_not_asked_for_with_the_credential(self, lab: Lab) -> None:
+        script = ZsScript(lab)
+        proxy = lab.proxy(script.endpoint())
+        for _ in range(2):
+            assert proxy.ask("GET", "/v1/models", counts=0).status == 200
+            assert zs_said(proxy.post(zs_body())) == "hello"
+        for request in script.up.requests:
+            shown = b"\n".join(request.lines)
+            minting = request.target == "/client/llm_tokens"
+            assert (script.credential.encode() in shown) == minting, request.target
+
+    def test_a_models_name_of_any_length_is_not_kept(self, lab: Lab) -> None:
+        proxy = lab.proxy(ZsScript(lab).endpoint())
+        assert zs_said(proxy.post(zs_body(model="claude" + "x" * 10**6))) == "hello"
+        for path in ("/zed/cost-analysis", "/zed/threads/status", "/health"):
+            assert len(proxy.ask("GET", path, counts=0).body) < 10_000
+
+    def test_usage_of_whole_answers_to_openai_clients(self, lab: Lab) -> None:
+        up = lab.upstream(lambda wire, _: wire.answer(200, zs_claude_whole()))
+        kept = keeping(lab, up)
+        assert zs_chat_said(zs_chat_ask(kept)) == "hello"
+        eventually(kept.history, "a row")
+        row = kept.last()
+        assert (row["input_tokens"], row["output_tokens"]) == (3, 2)
+        assert row["cost_usd"] is not None
+        assert (row["path"], row["stream"]) == ("/v1/chat/completions", 0)
+
+    def test_foreign_rows_have_no_cost(self, lab: Lab) -> None:
+        script, up = ZsScript(lab), lab.upstream()
+        kept = keeping(lab, up, endpoints=[script.endpoint()])
+        for stream in (False, True):
+            body = zs_body(stream=stream)
+            assert kept.post(body, zs_session()).status == 200
+        eventually(lambda: len(kept.history()) == 2, "two rows")
+        for row in kept.history():
+            assert (row["input_tokens"], row["output_tokens"]) == (10, 5)
+            assert row["cost_usd"] is None
+            assert row["account_used"] == "zed"
+        (thread,) = kept.get("/zed/threads/status")["endpoints"]["zed"]["threads"]
+        assert thread["context_tokens"] == 15
+        assert not re.findall("canary", str(kept.history()) + kept.log())
+
+    def test_openai_clients_on_one_connection(self, lab: Lab) -> None:
+        up = lab.upstream(lambda wire, _: wire.answer(200, zs_claude_whole()))
+        proxy, path = lab.proxy(up), "/v1/chat/completions"
+        body = json.dumps(
+            {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+        )
+        data, client = body.encode(), proxy.client()
+        parts = chunk(data[:7]) + chunk(data[7:]) + b"0\r\n\r\n"
+        client.ask("POST", path, parts, "Transfer-Encoding: chunked")
+        assert client.answer().json()["object"] == "chat.completion"
+        for sent in (data, data, b"{", data):
+            client.ask("POST", path, sent)
+        client.ask("GET", "/health", counts=0).post(zs_body())
+        answers = [client.answer() for _ in range(6)]
+        assert [a.status for a in answers] == [200, 200, 400, 200, 200, 200]
+        assert set(answers[2].json()) == {"error"}
+        assert answers[5].json()["type"] == "message"
+
+    def test_old_clients_get_no_chunks(self, lab: Lab) -> None:
+        proxy = lab.proxy(ZsScript(lab).endpoint())
+        for stream in (False, True):
+            data = zs_body(stream=stream)
+            head = f"POST /v1/messages HTTP/1.0\r\nHost: 127.0.0.1:{proxy.port}\r\n"
+            head += f"Content-Length: {len(data)}\r\n\r\n"
+            answer = proxy.client().send(head.encode() + data).answer()
+            assert b"hello" in answer.body
+            assert answer.values("transfer-encoding") == []
+
+    def test_a_client_that_leaves_while_a_worker_translates(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gate, begun, real = lab.gate(), threading.Event(), claude_lb.make_call
+
+        def slowly(*given: Any) -> Any:
+            begun.set()
+            assert gate.wait(BOUND_S)
+            return real(*given)
+
+        monkeypatch.setattr(claude_lb, "make_call", slowly)
+        script = ZsScript(lab)
+        proxy = lab.proxy(script.endpoint())
+        client = proxy.client().post(zs_body())
+        assert begun.wait(BOUND_S)
+        client.close()
+        assert proxy.row()["ended"] == "client_cancelled"
+        behind = proxy.client().post(zs_body()).ask("GET", "/health", counts=0)
+        gate.set()
+        assert zs_said(behind.answer()) == "hello"
+        assert behind.answer().json()["status"] == "healthy"
+        eventually(lambda: zs_is_over_of(proxy), "it is over")
+        assert len(script.asked) == 1
+
+    def test_a_stop_waits_for_no_token(self, lab: Lab) -> None:
+        script, gate = ZsScript(lab), lab.gate()
+        script.minting = lambda _, __: zs_wait(gate)
+        proxy = lab.proxy(script.endpoint())
+        client = proxy.client().post(zs_body())
+        eventually(lambda: script.mints, "the token is asked for")
+        proxy.server.stop(grace_s=0.1)
+        lab.stopped(proxy)
+        own_error(client.answer(), 503, "overloaded_error")
+        gate.set()
+
+    def test_the_same_request_twice_is_asked_once(self, lab: Lab) -> None:
+        gate = lab.gate()
+
+        def completing(wire: Wire, request: Received, envelope: Any) -> None:
+            assert gate.wait(BOUND_S)
+            zs_says(*zs_text())(wire, request, envelope)
+
+        script = ZsScript(lab, completing)
+        proxy = lab.proxy(script.endpoint(), balancing={"dedupe": True})
+        pool = proxy.server.services.pool
+        for number, stream in enumerate((True, False), 1):
+            gate.clear()
+            body = zs_body(stream=stream)
+            clients = [proxy.client().post(body) for _ in range(5)]
+            eventually(lambda: pool.snapshot().in_flight == 5, "five are here")
+            gate.set()
+            assert len({client.answer().body for client in clients}) == 1
+            assert len(script.asked) == number
+            eventually(lambda: zs_is_over_of(proxy), "it is over")
+
+    def test_foreign_endpoints_serve_messages_only(self, lab: Lab) -> None:
+        script = ZsScript(lab)
+        oai = lab.upstream(lambda wire, _: wire.answer(200, zs_openai_whole()))
+        up = lab.upstream(lambda wire, _: wire.answer(200, zs_claude_whole()))
+        proxy = lab.proxy(script.endpoint(), zs_openai_endpoint(oai), up)
+        counting = "/v1/messages/count_tokens"
+        for name in ("zed", "oai"):
+            forced = f"x-claude-lb-endpoint: {name}"
+            assert proxy.post(zs_body(), forced).field("x-claude-lb-endpoint") == name
+            assert zs_chat_ask(proxy, forced).field("x-claude-lb-endpoint") == name
+            answer = proxy.ask("POST", counting, zs_body(), forced)
+            assert answer.field("x-claude-lb-estimate") == "1"
+            assert proxy.ask("GET", "/v1/files", b"", forced).status == 400
+            hold = json.dumps({"mode": "manual", "endpoint": name}).encode()
+            assert change(proxy, "/api/mode", hold).status == 200
+            assert proxy.post(zs_body()).field("x-claude-lb-endpoint") == name
+            answer = proxy.ask("POST", counting, zs_body())
+            assert answer.field("x-claude-lb-estimate") == "1"
+            answer = proxy.ask("GET", "/v1/files")
+            assert answer.field("x-claude-lb-endpoint") == "up2"
+        asked = {r.target for r in script.up.requests + oai.requests}
+        paths = {"/client/llm_tokens", "/completions", "/v1/chat/completions"}
+        assert asked == paths
