@@ -26,10 +26,11 @@ Tests, in the order of the default run:
     start             from exec to the first answer
     choosing          what choosing an endpoint costs inside the proxy
     recording         what an exchange costs until its row is committed
+    translating       an event, and a request of 400 KB, into other dialects and back
     failover          what an endpoint at fault adds to the time to the first byte
 
 shortN, largeN and sNxR take any numbers.  Each stream must bring every event, in
-order, and end with message_stop.  The two last tests are of claude_lb alone: they
+order, and end with message_stop.  The four last tests are of claude_lb alone: they
 set their figures beside the goals.  The exit status is 1 when an answer or an event
 is missing or wrong, never because something is slow.
 """
@@ -1192,12 +1193,14 @@ class Target:
 
 DEFAULT_TESTS = (
     "short1,short32,large8,s100x20,s1000x5,"
-    "tls-short1,tls-short32,tls-s100x20,memory,start,choosing,recording,failover"
+    "tls-short1,tls-short32,tls-s100x20,memory,start,choosing,recording,translating,"
+    "failover"
 )
 QUICK_TESTS = (
-    "short1,short32,large8,s100x20,tls-short32,memory,start,choosing,recording,failover"
+    "short1,short32,large8,s100x20,tls-short32,memory,start,choosing,recording,"
+    "translating,failover"
 )
-OWN_TESTS = "choosing|recording|failover"  # of claude_lb alone
+OWN_TESTS = "choosing|recording|translating|failover"  # of claude_lb alone
 TEST_NAME = re.compile(
     rf"(tls-)?(?:(short|large)(\d+)|s(\d+)x(\d+)|memory|start)|{OWN_TESTS}"
 )
@@ -1563,6 +1566,105 @@ def record(path: Path, repetitions: int) -> Iterator[dict[str, Any]]:
         yield {**row, "name": name, "problems": {}}
 
 
+# What dialects cost, in one process: an event as it goes through a translator, each in
+# a piece of its own, and a conversation of 400 KB on its way to an endpoint.
+
+EVENT_GOAL_US, REQUEST_GOAL_US = 40.0, 15_000.0
+EVENTS = 2000
+
+
+def _chunk(delta: dict[str, Any]) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": None}
+    facts = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    return b"data: %b\n\n" % json.dumps({**facts, "choices": [choice]}).encode()
+
+
+def dialect_streams(lb: Any) -> dict[str, tuple[Callable[[], Any], list[bytes]]]:
+    """Return what makes each translator, and the events that it gets."""
+    text = {"type": "text_delta", "text": "x" * 40}
+    delta = {"type": "content_block_delta", "index": 0, "delta": text}
+    start = {"type": "content_block_start", "index": 0}
+    message = {"id": "msg_1", "type": "message", "model": "m", "usage": {}}
+    started = lb.event_bytes({"type": "message_start", "message": message})
+    begun = lb.event_bytes({**start, "content_block": {"type": "text", "text": ""}})
+    event = lb.event_bytes(delta)
+    call = lb.OpenAICall(b"", True, "m", {})
+    chat = lb.ChatCall(b"", True, True, "m", {})
+    pieces = [{"index": 0, "function": {"arguments": '"x' + "y" * 20}}]
+    opening = [
+        {**pieces[0], "id": "c1", "function": {"name": "look", "arguments": "{"}}
+    ]
+    tools = [_chunk({"tool_calls": opening})] + [
+        _chunk({"tool_calls": pieces})
+    ] * EVENTS
+    line = b'{"event":%b}\n' % json.dumps(delta).encode()
+    openai = partial(lb.OpenAIStream, call, "spare", 1)
+    return {
+        "a text event of openai's": (openai, [_chunk({"content": "x" * 40})] * EVENTS),
+        "a tool event of openai's": (openai, tools),
+        "an event for an openai client": (
+            partial(lb.ChatStream, chat, 1),
+            [started + begun] + [event] * EVENTS,
+        ),
+        "an event of zed's": (lb.ZedStream, [line] * EVENTS),
+    }
+
+
+def dialect_requests(lb: Any) -> dict[str, Callable[[], object]]:
+    """Return what is done with a request of 400 KB."""
+    turns: list[dict[str, Any]] = []
+    for number in range(200):
+        use = {"type": "tool_use", "id": f"t{number}", "name": "look"}
+        result = {"type": "tool_result", "tool_use_id": f"t{number}"}
+        said = {"type": "text", "text": "word " * 40}
+        turns += [
+            {
+                "role": "assistant",
+                "content": [said, {**use, "input": {"q": "x" * 600}}],
+            },
+            {"role": "user", "content": [{**result, "content": "line\n" * 170}]},
+        ]
+    first = {"role": "user", "content": "hello"}
+    request = {"model": "claude-x", "max_tokens": 9, "messages": [first, *turns]}
+    body, settings = json.dumps(request).encode(), lb.OpenAISettings()
+    chat = lb.openai_request(request, settings, None).body
+
+    def to_openai() -> object:
+        return lb.openai_request(json.loads(body), settings, None)
+
+    return {
+        "400 KB to openai": to_openai,
+        "400 KB of an openai client": partial(lb.chat_request, chat),
+        "400 KB, its tokens estimated": partial(lb.read_request, body),
+        "400 KB without foreign thinking": partial(lb.without_unsigned, body),
+    }
+
+
+def translate(path: Path, repetitions: int) -> Iterator[dict[str, Any]]:
+    """Yield what dialects cost: the best of interleaved repetitions."""
+    lb = load_module(path)
+    streams, requests = dialect_streams(lb), dialect_requests(lb)
+    found: dict[str, list[float]] = {name: [] for name in (*streams, *requests)}
+    for _ in range(2 * repetitions):
+        for name, (make, events) in streams.items():
+            translator = make()
+            began = time.process_time()
+            for event in events:
+                translator.feed(event)
+            found[name].append((time.process_time() - began) / len(events) * 1e6)
+        for name, run in requests.items():
+            began = time.process_time()
+            run()
+            found[name].append((time.process_time() - began) * 1e6)
+    for name, us in found.items():
+        goal = EVENT_GOAL_US if name in streams else REQUEST_GOAL_US
+        row = {"choice_us": min(us), "added_us": min(us), "goal_us": goal}
+        yield {**row, "name": name, "problems": {}}
+
+
+#: Tests of the module itself.
+IN_PROCESS = {"choosing": choose, "recording": record, "translating": translate}
+
 # 50 clients stream without a pause, far below what the proxy can carry: short requests
 # in closed loops would show their own queue.  Each that is to meet the fault names a
 # model of its own, routed to an endpoint at fault and then to the healthy one; so each
@@ -1650,11 +1752,8 @@ class Bench:
                 self._run_memory(test)
             elif test.kind == "start":
                 self._run_start(test)
-            elif test.kind == "choosing":
-                for row in choose(self.proxy, self._scale.repetitions):
-                    self._keep(row, test, row["name"], 0)
-            elif test.kind == "recording":
-                for row in record(self.proxy, self._scale.repetitions):
+            elif test.kind in IN_PROCESS:
+                for row in IN_PROCESS[test.kind](self.proxy, self._scale.repetitions):
                     self._keep(row, test, row["name"], 0)
             elif test.kind == "failover":
                 for fault in FAULTS:
