@@ -1004,7 +1004,7 @@ def reply_scripts() -> list[Script]:
 
 def request_for(script: Script, port: int) -> bytes:
     """Return the request that draws a scripted reply."""
-    path = "/v1/messages" if script.method == "POST" else "/v1/models"
+    path = "/v1/messages" if script.method == "POST" else "/v1/skills"
     head = (
         f"{script.method} {path}?vector={script.number} HTTP/1.1\r\n"
         f"Host: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
@@ -1347,7 +1347,7 @@ def drafts(kind: int, number: int, port: int) -> list[Draft]:
         (b"Accept", b" */*"),
     )
     typed = (*base, (b"Content-Type", b" application/json"))
-    get = Draft(b"GET", b"/v1/models?" + mark, base)
+    get = Draft(b"GET", b"/v1/skills?" + mark, base)
     post = Draft(b"POST", b"/v1/messages?" + mark, typed, MESSAGE)
     if kind == 0:
         return [get]
@@ -1631,7 +1631,7 @@ def send_pieces(wire: Wire, pieces: tuple[bytes, ...]) -> None:
 
 def hold_heads(port: int) -> list[Problem]:
     """Leave truncated heads open and see that the proxy ends every one of them."""
-    head = b"GET /v1/models?held HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nX-Slow: 1\r\n" % port
+    head = b"GET /v1/skills?held HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nX-Slow: 1\r\n" % port
     start = time.monotonic()
     wires = [dial(port) for _ in range(HELD_HEADS)]
     problems = []
