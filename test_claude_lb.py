@@ -25794,7 +25794,7 @@ def oc_endpoint(up: ScriptedUpstream | str, dialect: str, **more: Any) -> Any:
 
 def oc_over(lab: Lab, dialect: str, answering: Answering, **own: Any) -> Any:
     """Return a proxy over one upstream of a dialect, and that."""
-    up = lab.upstream(answering)
+    up = lab.upstream(oc_minting(answering) if dialect == "zed" else answering)
     more = own.pop("endpoint", {})
     return over(lab, oc_endpoint(up, dialect, **more), **own)[0], up
 
@@ -25986,10 +25986,14 @@ def oc_check_sent(up: ScriptedUpstream, dialect: str, talk: OcTalk) -> None:
     """Check what an upstream got, and with which credential."""
     request = up.requests[-1]
     sent = json.loads(request.body)
+    token = up.token
+    if dialect == "zed":
+        assert (sent["provider"], sent["model"]) == ("anthropic", MODEL)
+        sent, token = sent["provider_request"], "minted"
     assert (sent["model"], sent["max_tokens"]) == (MODEL, 999)
     assert request.values("authorization") + request.values("x-api-key") in (
-        [up.token],
-        [f"Bearer {up.token}"],
+        [token],
+        [f"Bearer {token}"],
     )
     assert b"of-the-client" not in b"".join(request.lines)
     assert request.values("content-type") == ["application/json"]
@@ -25999,8 +26003,10 @@ def oc_check_sent(up: ScriptedUpstream, dialect: str, talk: OcTalk) -> None:
         assert not [n for n in names if n.startswith((b"anthropic", b"x-stainless"))]
         assert oc_normal_openai(sent) == oc_normal_openai(oc_openai_request(talk))
     else:
-        assert request.target.partition("?")[0] == "/v1/messages"
-        assert request.values("anthropic-version") == ["2023-06-01"]
+        versions = [] if dialect == "zed" else ["2023-06-01"]
+        path = "/completions" if dialect == "zed" else "/v1/messages"
+        assert request.target.partition("?")[0] == path
+        assert request.values("anthropic-version") == versions
         assert oc_normal_native(sent) == oc_normal_native(oc_native_request(talk))
 
 
@@ -26032,9 +26038,8 @@ OC_LIST = {
 }
 
 
-@at_both_ends
-@pytest.mark.parametrize(("api", "dialect"), OC_WAYS)
 @at_the_newest
+@pytest.mark.parametrize(("api", "dialect"), [*OC_WAYS, ("anthropic", "zed")])
 class TestSdksOverDialects:
     """The official SDKs pass the same conversations, whatever the upstream speaks."""
 
@@ -26047,11 +26052,11 @@ class TestSdksOverDialects:
         proxy, up = oc_over(lab, dialect, oc_answering(dialect, said))
         assert oc_sdks.ask(proxy, api, talk, stream) == said
         oc_check_sent(up, dialect, talk)
-        assert oc_asked(up).get("stream", False) is stream
-        options = oc_asked(up).get("stream_options")
-        assert options == ({"include_usage": True} if stream else None) or (
-            dialect == "anthropic"
-        )
+        asked = oc_asked(up)
+        assert asked.get("stream", False) is (stream and dialect != "zed")
+        if dialect == "openai":
+            wanted = {"include_usage": True} if stream else None
+            assert asked.get("stream_options") == wanted
         assert stream or proxy.row()["ended"] == "ok"  # see the test of [DONE]
 
     @pytest.mark.parametrize("stream", [False, True])
@@ -26084,6 +26089,8 @@ class TestSdksOverDialects:
         if dialect == "anthropic":
             error = {"type": OC_KINDS[status], "message": words}
         body = oc_dump({"type": "error", "error": error})
+        if dialect == "zed":
+            body = oc_dump({"code": f"upstream_http_{status}", "message": words})
         fields = ("retry-after: 7", "x-request-id: r1")
         proxy, _ = oc_over(lab, dialect, says(status, body, *fields))
         sdk = oc_sdks.errors(api)
@@ -26108,6 +26115,10 @@ class TestSdksOverDialects:
         if dialect == "openai":
             broken = oa_data({"error": {"message": "out of luck", "code": 529}})
             events = [*oc_openai_events(begun)[:3], broken, OC_DONE]
+        elif dialect == "zed":
+            failed = {"code": "upstream_http_529", "message": "out of luck"}
+            lines = oc_zed_lines(begun).splitlines(keepends=True)
+            events = [*lines[:3], oc_dump({"status": {"failed": failed}}) + b"\n"]
         else:
             kind = {"type": "overloaded_error", "message": "out of luck"}
             events = [*oc_native_events(begun)[:3], oc_event("error", error=kind)]
