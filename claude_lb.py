@@ -532,6 +532,21 @@ ERROR_TYPES = {
     502: "api_error",
     503: "overloaded_error",
 }
+#: The same for the statuses of upstreams.
+UPSTREAM_ERROR_TYPES = {
+    **ERROR_TYPES,
+    402: "billing_error",
+    409: "conflict_error",
+    500: "api_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def upstream_error_type(status: int) -> str:
+    """Return the type of error that an upstream's status stands for."""
+    other = "invalid_request_error" if status < 500 else "api_error"
+    return UPSTREAM_ERROR_TYPES.get(status, other)
 
 
 def error_document(status: int, message: str, request_id: str) -> dict[str, object]:
@@ -4745,11 +4760,11 @@ _JOINED = {
 _SAYS_NOTHING = (b"", b"[DONE]")  # data that some servers send after the end
 
 
-def _input_of(written: str) -> dict[str, Any]:
+def input_of(written: str) -> dict[str, Any]:
     """Return a tool's input; a text that is no JSON object is kept as it is."""
-    value: object
+    value: object = {}
     try:
-        value = strict_json(written)
+        value = strict_json(written) if written.strip() else {}
     except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {"arguments": written}
@@ -4781,7 +4796,7 @@ class _Draft:
             block[name] = (block.get(name) or "") + "".join(pieces)
         written = str(block.pop("partial_json", ""))
         if written.strip():
-            block["input"] = _input_of(written)
+            block["input"] = input_of(written)
         elif block.get("type") == "tool_use":
             block["input"] = block.get("input") or {}
         if self._citations:
@@ -5407,17 +5422,9 @@ _TEXT_START: dict[str, dict[str, str]] = {
     "text": {"type": "text", "text": ""},
     "thinking": {"type": "thinking", "thinking": "", "signature": ""},
 }
-_STATUS_TYPES = {
-    **ERROR_TYPES,
-    402: "billing_error",
-    409: "conflict_error",
-    500: "api_error",
-    504: "timeout_error",
-    529: "overloaded_error",
-}
 # What a code or a type is called -> the type of the Messages API
 _NAMED_TYPES = {
-    **{name: name for name in _STATUS_TYPES.values()},
+    **{name: name for name in UPSTREAM_ERROR_TYPES.values()},
     "invalid_request_error": "invalid_request_error",
     "context_length_exceeded": "invalid_request_error",
     "exceed_context_size_error": "invalid_request_error",
@@ -5483,13 +5490,6 @@ def _is_whole(text: str) -> bool:
         return isinstance(strict_json(text), dict)
     except (ValueError, RecursionError):
         return False
-
-
-def _input(text: str) -> dict[str, Any]:
-    """Return a call's arguments; those that are no JSON object, as a text in one."""
-    if not text.strip():
-        return {}
-    return strict_json(text) if _is_whole(text) else {"arguments": text}
 
 
 def _fragments(message: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -5589,7 +5589,7 @@ def _content_blocks(
             continue
         id_ = _tool_id(_as_text(fragment.get("id")), fallback_id, taken)
         made = {"type": "tool_use", "id": id_, "name": call.names.get(name, name)}
-        blocks.append({**made, "input": _input(_written(told))})
+        blocks.append({**made, "input": input_of(_written(told))})
     return blocks
 
 
@@ -5854,7 +5854,7 @@ class OpenAIStream:
             return  # some servers end with an empty one
         if not call.is_live:
             self._start_call(call)
-            written = _written(_input(call.text()))
+            written = _written(input_of(call.text()))
             self._add("input_json_delta", "partial_json", written)
         self._close()
 
@@ -5943,16 +5943,11 @@ def _error_told(failure: object) -> tuple[str, str]:
     """Return (type, message) of an error that came with a 200."""
     error = _as_object(_as_object(failure).get("error") or failure)
     names = [error.get(key) for key in ("code", "status", "type")]
-    told = [_STATUS_TYPES.get(n) for n in names if isinstance(n, int)]
+    told = [UPSTREAM_ERROR_TYPES.get(n) for n in names if isinstance(n, int)]
     told += [_NAMED_TYPES.get(n) for n in names if isinstance(n, str)]
     words = _words_in(failure)[:_WORDS] or "the upstream says that its answer failed"
     kind = next(filter(None, told), "api_error")
     return kind, _worded(words, " ".join(filter(None, map(_as_text, names))))
-
-
-def _status_type(status: int) -> str:
-    other = "invalid_request_error" if status < 500 else "api_error"
-    return _STATUS_TYPES.get(status, other)
 
 
 def openai_error(status: int, body: bytes) -> bytes:
@@ -5974,7 +5969,7 @@ def openai_error(status: int, body: bytes) -> bytes:
     message = words[:_WORDS] or f"the upstream answered {status} without a word"
     if status in (400, 413, 422, 500):
         message = _worded(message, f"{code} {_as_text(error.get('type'))}")
-    told = {"type": _status_type(status), "message": message}
+    told = {"type": upstream_error_type(status), "message": message}
     details = {"details": {"error_code": code}} if code else {}
     return packed({"type": "error", "error": {**told, **details}})
 
@@ -5995,7 +5990,6 @@ _JSON_ONLY = "Answer with one JSON object and nothing else."
 _JSON_FITS = "Answer with one JSON object that fits this JSON schema and nothing else: "
 _CALL_ONE = "Call at least one of the tools in your answer."
 _CALL_THIS = "Call the tool {} in your answer."
-_FORBIDDEN = re.compile(r"[^A-Za-z0-9_-]")
 _DATA_URL = re.compile(
     r"data:([A-Za-z]{1,32}/[A-Za-z0-9.+-]{1,99})(?:;[^;,]{0,99}){0,9}?;base64,"
 )
@@ -6203,7 +6197,7 @@ class _SentNames:
 
     def fresh(self, name: str) -> str:
         """Return one that has not been given, the same in every turn to come."""
-        plain = _FORBIDDEN.sub("_", name)[:128] or "_"
+        plain = clean_id(name)[:128] or "_"
         if plain in self._used:
             count = b"%d" % len(self._used)
             digits = hashed(name.encode("utf-8", "surrogatepass"), count)
@@ -7465,14 +7459,6 @@ _ZED_FLAGS = (
 _STALE_LINE = re.compile(rb"(?mi)^x-zed-(?:expired|outdated)-token[ \t]*:")
 _HTTP_CODE = re.compile(r"(?:upstream_)?http_([45]\d\d)")
 _EVENT_KIND = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_ZED_TYPES = {
-    **ERROR_TYPES,
-    402: "billing_error",
-    409: "conflict_error",
-    500: "api_error",
-    504: "timeout_error",
-    529: "overloaded_error",
-}
 _OWN_CODES = frozenset(USUAL_ZED.rotation_errors + USUAL_ZED.continuation_errors)
 
 
@@ -7589,8 +7575,7 @@ def _zed_failure(said: Mapping[str, Any], status: int) -> _Failure:
 
 def _failure_document(failure: _Failure) -> dict[str, Any]:
     """Return a failure in the Messages API's envelope."""
-    usual = "api_error" if failure.status >= 500 else "invalid_request_error"
-    kind = _ZED_TYPES.get(failure.status, usual)
+    kind = upstream_error_type(failure.status)
     words = failure.message or "Zed's service failed without a word"
     error: dict[str, Any] = {"type": kind, "message": words}
     if failure.details:
@@ -19053,13 +19038,8 @@ def _turn_away(sock: socket.socket, message: str) -> None:
 
 _DEMO_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
 _DEMO_ERRORS = {
-    **ERROR_TYPES,
-    402: "billing_error",
-    409: "conflict_error",
-    500: "api_error",
+    **UPSTREAM_ERROR_TYPES,
     503: "api_error",
-    504: "timeout_error",
-    529: "overloaded_error",
 }
 
 
