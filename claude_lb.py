@@ -4913,8 +4913,6 @@ def _object_of(event: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 #: Stands before the text of a tool's result that is an error.
 TOOL_ERROR = "[error] "
-#: What a request or an answer loses on its way: (field, what becomes of it).
-
 #: Members of a request that have no meaning elsewhere; the README lists them.
 OPENAI_DROPS = frozenset(
     (
@@ -7613,12 +7611,6 @@ def zed_error(status: int, body: bytes) -> bytes:
 def zed_status(status: int, body: bytes) -> int:
     """Return the status that an error answer stands for: the upstream's, if told."""
     return _answered_failure(status, body).status
-
-
-def code_of(document: Mapping[str, Any]) -> str:
-    """Return the code of an error in the Messages API's envelope; "" if none."""
-    code = _details_of(document).get("error_code")
-    return code if isinstance(code, str) else ""
 
 
 def wait_of(document: Mapping[str, Any]) -> float | None:
